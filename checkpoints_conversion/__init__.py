@@ -1,0 +1,1 @@
+"""Converts checkpoints: training runs, the inference format, reference checkpoints."""

@@ -1,0 +1,15 @@
+"""Esoteric Language Models: training on many devices, and KV-cached sampling on one."""
+
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load_pretrained"]
+
+
+def __getattr__(name: str) -> Any:
+    """`load_pretrained`, imported when first used: configuration and planning must start without torch."""
+    if name == "load_pretrained":
+        from esolm_megatron.inference import load_pretrained
+
+        return load_pretrained
+    raise AttributeError(name)

@@ -1,0 +1,1 @@
+"""Tokens: tokenizers, the shard format, preparation of text, and batches from any step."""

@@ -1,0 +1,1 @@
+"""The network, written once; parallelism is given to it."""

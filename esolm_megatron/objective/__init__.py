@@ -1,0 +1,1 @@
+"""The method: noise, orders, losses and likelihoods as pure functions."""
