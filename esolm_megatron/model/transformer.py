@@ -1,0 +1,200 @@
+"""The network: a pre-norm decoder over packed tokens, whose attention is causal over the generation order.
+
+A pipeline stage is this class with parts missing. What a token sees is decided by `attend`, an argument: packed streams
+in training (model/attention.py), a KV cache in sampling (model/cache.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from esolm_megatron.config import ModelConfig
+from esolm_megatron.model.layers import Linears, Mlp, Norm, VocabHead, boxes, hashed_dropout, split_of, whole_shape
+from esolm_megatron.model.rotary import rotary_tables, rotate
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, q (T, N, D), k (T, G, D), v (T, G, D)) -> (T, N, D)."""
+
+
+class Attention(nn.Module):
+    """Queries, keys and values with rotary positions; `attend` mixes them.
+
+    The rows of `qkv` are grouped by key-value head: the queries that share it, its key, its value.
+    """
+
+    def __init__(self, config: ModelConfig, linears: Linears, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        self.kv_heads = config.kv_heads // linears.tensor_size
+        self.queries = config.num_heads // config.kv_heads
+        width = config.head_dim
+        self.qkv = linears.column(config.hidden_size, (config.num_heads + 2 * config.kv_heads) * width, bias=False)
+        self.out = linears.row(config.num_heads * width, config.hidden_size, bias=False)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm = Norm(config, linears, width, kind="rmsnorm", per_head=True)
+            self.k_norm = Norm(config, linears, width, kind="rmsnorm", per_head=True)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """(T', 1, H) -> (T', 1, H)."""
+        y = self.qkv(x)
+        tokens = y.shape[0]
+        y = y.view(tokens, self.kv_heads, self.queries + 2, self.head_dim)
+        q = y[:, :, : self.queries].reshape(tokens, self.kv_heads * self.queries, self.head_dim)
+        k, v = y[:, :, self.queries], y[:, :, self.queries + 1]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        mixed = attend(self.layer, rotate(q, rope), rotate(k, rope), v)
+        return self.out(mixed.reshape(tokens, 1, -1))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, linears: Linears, layer: int):
+        super().__init__()
+        self.layer, self.dropout = layer, config.dropout
+        self.norm1 = Norm(config, linears, config.hidden_size)
+        self.attention = Attention(config, linears, layer)
+        self.norm2 = Norm(config, linears, config.hidden_size)
+        self.mlp = Mlp(config, linears)
+        self.recompute_mlp = False
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, ids: Tensor | None) -> Tensor:
+        """(T', 1, H) -> (T', 1, H)."""
+        x = x + self._drop(self.attention(self.norm1(x), rope, attend), ids, 1)
+        if self.recompute_mlp and torch.is_grad_enabled():
+            y = checkpoint(self._mlp, x, use_reentrant=False, preserve_rng_state=False)
+        else:
+            y = self._mlp(x)
+        return x + self._drop(y, ids, 2)
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        return self.mlp(self.norm2(x))
+
+    def _drop(self, x: Tensor, ids: Tensor | None, branch: int) -> Tensor:
+        return x if ids is None else hashed_dropout(x, ids, 3 * self.layer + branch, self.dropout)
+
+
+class EsoLM(nn.Module):
+    """The whole network, or the stage of it that holds `layers`.
+
+    Parameters carry the names of the whole network, whatever the stage: `layers.7.mlp.fc1.weight`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        linears: Linears,
+        *,
+        layers: range | None = None,
+        first: bool = True,
+        last: bool = True,
+        recompute: str = "none",
+    ):
+        super().__init__()
+        self.shape, self.linears, self.first, self.last = config, linears, first, last
+        self.recompute_blocks = recompute == "full"
+        layers = range(config.num_layers) if layers is None else layers
+        if first:
+            self.embedding = linears.vocab_embedding(config.vocab, config.hidden_size)
+        self.layers = nn.ModuleDict({str(i): Block(config, linears, i) for i in layers})
+        for block in self.layers.values():
+            block.recompute_mlp = recompute == "selective"
+        if last:
+            self.final_norm = Norm(config, linears, config.hidden_size)
+            self.head = VocabHead(config, linears, own_weight=not (config.tied_embeddings and first))
+        self.input_tensor: Tensor | None = None
+
+    def set_input_tensor(self, tensors: list[Tensor] | Tensor) -> None:
+        """Keep what the stage before sent, for the next forward."""
+        self.input_tensor = tensors[0] if isinstance(tensors, list) else tensors
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        *,
+        places: Tensor | None = None,
+        targets: Tensor | None = None,
+        dropout_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states of this stage, or at the last one logits, or token losses where `targets` are given.
+
+        tokens, positions: (T,) int64, packed. places: (M,) indices of the tokens that the head looks at; all by default.
+        targets: (M,) ids. dropout_ids: (T,) int32, one for each token of the step; None turns dropout off.
+        Returns (T', 1, H), (M, V / tensor_size) or (M,).
+        """
+        ids = None
+        if dropout_ids is not None and self.shape.dropout > 0:
+            ids = self.linears.own_tokens(dropout_ids)
+        if self.first:
+            x = self.linears.scatter_tokens(self.embedding(tokens[None]).transpose(0, 1).contiguous())
+            x = x if ids is None else hashed_dropout(x, ids, 0, self.shape.dropout)
+        else:
+            assert self.input_tensor is not None, "a later stage needs set_input_tensor first"
+            x = self.input_tensor
+        rope = rotary_tables(positions, self.shape.head_dim, self.shape.rope_base, x.dtype)
+        for block in self.layers.values():
+            if self.recompute_blocks and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, attend, ids, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, rope, attend, ids)
+        if not self.last:
+            return x
+        x = self.linears.gather_tokens(self.final_norm(x)).squeeze(1)
+        if places is not None:
+            x = x.index_select(0, places)
+        tied = self.embedding.weight if self.head.weight is None else None
+        logits = self.head(x, tied)
+        return logits if targets is None else self.linears.token_losses(logits, targets)
+
+    def whole_names(self) -> dict[str, str]:
+        """Local parameter name -> its name in the whole network; a tied head's copy is the embedding."""
+        tied = {"head.weight": "embedding.weight"} if self.shape.tied_embeddings else {}
+        return {name: tied.get(name, name) for name, _ in self.named_parameters()}
+
+
+@torch.no_grad()
+def initialise(model: EsoLM, seed: int) -> None:
+    """Fill the weights: equal on every layout, because each whole tensor is a function of (seed, name).
+
+    Matrices are normal with `init_std`, those that write into the residual stream divided by sqrt(2 num_layers); norm
+    weights are one, biases zero.
+    """
+    config, linears = model.shape, model.linears
+    names = model.whole_names()
+    for local_name, parameter in model.named_parameters():
+        name, split = names[local_name], split_of(parameter)
+        parameter.zero_()
+        if parameter.dim() == 1:
+            if "norm" in name and name.endswith("weight"):
+                parameter.fill_(1.0)
+            continue
+        std = config.init_std
+        if name.endswith(("attention.out.weight", "mlp.fc2.weight")):
+            std /= math.sqrt(2 * config.num_layers)
+        digest = hashlib.blake2b(f"{seed}|{name}".encode(), digest_size=7).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+        shape = tuple(parameter.shape)
+        whole = torch.randn(whole_shape(shape, split, linears.tensor_size), generator=generator) * std
+        for box in boxes(shape, split, linears.tensor_rank, linears.tensor_size):
+            parameter[_slices(box.local, box.shape)] = whole[_slices(box.whole, box.shape)].to(parameter)
+
+
+def _slices(start: tuple[int, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))
+
+
+def parameters_with_names(model: EsoLM) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name in the whole network, parameter)."""
+    names = model.whole_names()
+    for name, parameter in model.named_parameters():
+        yield names[name], parameter

@@ -1,0 +1,359 @@
+"""The Eso-LM training loss: tokens to packed inputs and targets, token losses to the loss (arXiv 2506.01928, section 3).
+
+Two steps. `draw_*` decides, for each row, its order, its masks and what each masked token counts. `pack` lays rows out
+as one static row of tokens (see model/attention.py). Both are pure; draws are keyed by (seed, step, global row).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from esolm_megatron.config import ObjectiveConfig
+from esolm_megatron.model.attention import PackedLayout
+from esolm_megatron.objective.noise import antithetic_times, elbo_weight, uniforms, words
+from esolm_megatron.objective.order import clean_random_then_left_to_right, clean_then_masked_random, random_order
+
+DIFFUSION, SEQUENTIAL = 0, 1
+"""The two parts of the loss, and their places in the arrays that hold something for both."""
+
+
+@dataclass(frozen=True)
+class OrderedRows:
+    """Rows whose noise is drawn. All arrays are (B, L) over sequence positions, `order` excepted.
+
+    tokens: true ids. order: position generated k-th. masked: fed as masks. weights: what -log p of a token counts; 0
+    where it carries no loss. rows: (B,) global row in the batch, or any id that tells rows apart.
+    """
+
+    tokens: NDArray[np.int64]
+    order: NDArray[np.int64]
+    masked: NDArray[np.bool_]
+    weights: NDArray[np.float64]
+    rows: NDArray[np.int64]
+
+    def __getitem__(self, which: slice) -> OrderedRows:
+        """Some of the rows."""
+        return OrderedRows(
+            self.tokens[which], self.order[which], self.masked[which], self.weights[which], self.rows[which]
+        )
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch as the network takes it.
+
+    tokens, positions: (T,) int64. places: (M,) int64, the tokens that carry loss; targets (M,) their true ids; weights
+    (M,) fp64 what each counts; parts (M,) DIFFUSION or SEQUENTIAL; sources (M,) which of the micro-batch's rows it
+    belongs to, plain rows first. dropout_ids: (T,) int32.
+    """
+
+    layout: PackedLayout
+    tokens: Tensor
+    positions: Tensor
+    places: Tensor
+    targets: Tensor
+    weights: Tensor
+    parts: Tensor
+    sources: Tensor
+    dropout_ids: Tensor
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """The same on a device."""
+        tensors = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return PackedBatch(layout=self.layout, **tensors)
+
+
+def mask_capacity(seq_length: int, alpha_0: float, multiple: int = 64) -> int:
+    """Places of a sequential row's mask stream: mean plus six standard deviations of the number of masks, rounded up."""
+    mean = seq_length * (1 - alpha_0)
+    bound = mean + 6 * math.sqrt(mean * alpha_0)
+    return min(seq_length, -(-math.ceil(bound) // multiple) * multiple)
+
+
+def draw_diffusion(
+    tokens: NDArray[np.int64],
+    valid: NDArray[np.bool_],
+    rows: NDArray[np.int64],
+    num_rows: int,
+    config: ObjectiveConfig,
+    *key: int | str,
+) -> OrderedRows:
+    """Noise of rows on the diffusion loss.
+
+    tokens, valid: (B, L). rows: (B,) index among the `num_rows` diffusion rows of the global batch. key: (seed, step).
+    Padding (valid false) is never masked and comes last in the order, where no other token sees it.
+    """
+    length = tokens.shape[1]
+    raw = _row_words(2 * length, rows, *key, "diffusion")
+    if config.diffusion_loss == "any_order":
+        order, masked = _orders_by_diffusion(valid, raw, config.alpha_0)
+        return OrderedRows(tokens, order, np.ones_like(valid), (masked & valid).astype(np.float64), rows)
+    t = antithetic_times(rows, num_rows, config.time_epsilon, *key)
+    clean = config.alpha_0 * (1 - (1 - config.time_epsilon) * t)
+    masked = (uniforms(raw[:, length:]) >= clean[:, None]) & valid
+    order = padding_last(clean_then_masked_random(masked, raw[:, :length]), valid)
+    weight = np.ones_like(t)
+    if config.diffusion_loss == "elbo":
+        weight = elbo_weight(t, config.alpha_0, config.time_epsilon)
+    return OrderedRows(tokens, order, masked, masked * weight[:, None], rows)
+
+
+def draw_sequential(
+    tokens: NDArray[np.int64],
+    valid: NDArray[np.bool_],
+    rows: NDArray[np.int64],
+    alpha_0: float,
+    capacity: int,
+    *key: int | str,
+) -> OrderedRows:
+    """Noise of rows on the sequential loss; a row with more masks than `capacity` holds is drawn again.
+
+    Raises:
+        ValueError: padding leaves no room in the mask stream; give it the capacity of a whole row.
+    """
+    length = tokens.shape[1]
+    padding = length - valid.sum(1)
+    if capacity < length and padding.any():
+        raise ValueError(
+            f"row {rows[padding.argmax()]} has {padding.max()} padding tokens, which a mask stream of capacity {capacity} "
+            f"cannot hold; use capacity = seq_length = {length}"
+        )
+    raw = _row_words(2 * length, rows, *key, "sequential")
+    masked = (uniforms(raw[:, length:]) >= alpha_0) & valid
+    attempt = 0
+    while (over := np.flatnonzero(masked.sum(1) > capacity)).size:
+        attempt += 1
+        again = _row_words(length, rows[over], *key, "sequential again", attempt)
+        masked[over] = (uniforms(again) >= alpha_0) & valid[over]
+    order = padding_last(clean_random_then_left_to_right(masked, raw[:, :length]), valid)
+    return OrderedRows(tokens, order, masked, masked.astype(np.float64), rows)
+
+
+def draw_orders(
+    valid: NDArray[np.bool_], rows: NDArray[np.int64], alpha_0: float, *key: int | str
+) -> NDArray[np.int64]:
+    """Orders as the model generates: n ~ Binomial(L, alpha_0) random places, then the rest left to right; padding last."""
+    return _orders_by_diffusion(valid, _row_words(2 * valid.shape[1], rows, *key, "order"), alpha_0)[0]
+
+
+def _orders_by_diffusion(
+    valid: NDArray[np.bool_], raw: NDArray[np.uint64], alpha_0: float
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    length = valid.shape[1]
+    by_diffusion = uniforms(raw[:, length:]) < alpha_0
+    order = clean_random_then_left_to_right(~by_diffusion, raw[:, :length])
+    return padding_last(order, valid), by_diffusion
+
+
+def random_orders(valid: NDArray[np.bool_], rows: NDArray[np.int64], *key: int | str) -> NDArray[np.int64]:
+    """Uniformly random orders, padding last."""
+    return padding_last(random_order(_row_words(valid.shape[1], rows, *key, "random order")), valid)
+
+
+def _row_words(count: int, rows: NDArray[np.int64], *key: int | str) -> NDArray[np.uint64]:
+    return np.stack([words(count, *key, int(row)) for row in rows])
+
+
+def padding_last(order: NDArray[np.int64], valid: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """The same order with padding moved to its end."""
+    if valid.all():
+        return order
+    in_order = np.take_along_axis(valid, order, axis=1)
+    return np.take_along_axis(order, np.argsort(~in_order, axis=1, kind="stable"), axis=1)
+
+
+def pack(
+    plain: OrderedRows | None, groups: list[tuple[OrderedRows, int, int]], mask_id: int, *key: int | str
+) -> PackedBatch:
+    """Rows laid out as one micro-batch.
+
+    plain: rows fed once, masks in place (diffusion). groups: (rows, capacity, part) fed as two streams.
+    key: (seed, step), for the dropout ids.
+
+    Raises:
+        ValueError: a token that carries loss is not among the last `capacity` places of its order.
+    """
+    everyone = ([plain] if plain is not None else []) + [rows for rows, _, _ in groups]
+    length = everyone[0].tokens.shape[1]
+    num_plain = 0 if plain is None else len(plain.tokens)
+    layout = PackedLayout(length, num_plain, tuple((len(rows.tokens), capacity) for rows, capacity, _ in groups))
+    pieces = _Pieces(length)
+    if plain is not None:
+        pieces.add_loss(plain, 0, DIFFUSION, 0)
+        pieces.add_stream(plain, np.where(plain.masked, mask_id, plain.tokens), 0, 0)
+    for rows, _, _ in groups:
+        pieces.add_stream(rows, rows.tokens, 0, 1)
+    first_row = num_plain
+    for rows, capacity, part in groups:
+        early = np.take_along_axis(rows.weights, rows.order, 1)[:, : length - capacity]
+        if early.any():
+            bad = int(rows.rows[early.any(1).argmax()])
+            raise ValueError(f"row {bad}: a token with loss lies before the last {capacity} places of its order")
+        pieces.add_loss(rows, length - capacity, part, first_row)
+        pieces.add_stream(rows, np.full_like(rows.tokens, mask_id), length - capacity, 2)
+        first_row += len(rows.tokens)
+    return pieces.batch(layout, *key)
+
+
+class _Pieces:
+    """Collects the streams of a micro-batch in the order of its tokens."""
+
+    def __init__(self, length: int):
+        self.length, self.count = length, 0
+        self.tokens: list[NDArray[np.int64]] = []
+        self.positions: list[NDArray[np.int64]] = []
+        self.ids: list[NDArray[np.int64]] = []
+        self.loss: list[tuple[NDArray[np.int64], ...]] = []
+        self.weights: list[NDArray[np.float64]] = []
+
+    def add_stream(self, rows: OrderedRows, fed: NDArray[np.int64], first_place: int, stream: int) -> None:
+        """Feed the places from `first_place` on of each row's order."""
+        order = rows.order[:, first_place:]
+        self.tokens.append(np.take_along_axis(fed, order, 1).ravel())
+        self.positions.append(order.ravel())
+        self.ids.append(((rows.rows[:, None] * 3 + stream) * self.length + order).ravel())
+        self.count += order.size
+
+    def add_loss(self, rows: OrderedRows, first_place: int, part: int, first_row: int) -> None:
+        """Say which of the places that the next `add_stream` feeds carry loss."""
+        order = rows.order[:, first_place:]
+        weights = np.take_along_axis(rows.weights, order, 1)
+        where = np.flatnonzero(weights)
+        row = where // order.shape[1]
+        targets = np.take_along_axis(rows.tokens, order, 1).ravel()[where]
+        self.loss.append((self.count + where, targets, np.full_like(where, part), first_row + row))
+        self.weights.append(weights.ravel()[where])
+
+    def batch(self, layout: PackedLayout, *key: int | str) -> PackedBatch:
+        """The whole micro-batch as tensors."""
+        places, targets, parts, sources = (torch.from_numpy(np.concatenate(x)) for x in zip(*self.loss, strict=True))
+        salt = int(words(1, *key, "dropout")[0] & np.uint64(0x7FFFFFFF))
+        ids = (np.concatenate(self.ids) * 2654435761 + salt) & 0x7FFFFFFF
+        assert self.count == layout.num_tokens
+        return PackedBatch(
+            layout=layout,
+            tokens=torch.from_numpy(np.concatenate(self.tokens)),
+            positions=torch.from_numpy(np.concatenate(self.positions)),
+            places=places,
+            targets=targets,
+            weights=torch.from_numpy(np.concatenate(self.weights)),
+            parts=parts,
+            sources=sources,
+            dropout_ids=torch.from_numpy(ids.astype(np.int32)),
+        )
+
+
+@dataclass(frozen=True)
+class Noised:
+    """A rank's share of one step.
+
+    micro_batches: all of the same layout. num_valid: (2,) fp64, this rank's valid tokens in the rows of each part.
+    """
+
+    micro_batches: list[PackedBatch]
+    num_valid: Tensor
+
+
+def draw_step(
+    tokens: NDArray[np.int64],
+    valid: NDArray[np.bool_],
+    rows: NDArray[np.int64],
+    config: ObjectiveConfig,
+    *,
+    mask_id: int,
+    global_batch_size: int,
+    num_micro_batches: int,
+    capacity: int,
+    key: tuple[int | str, ...],
+) -> Noised:
+    """A rank's rows of a global batch, noised and packed.
+
+    tokens, valid: (B, L). rows: (B,) ascending global rows; those below global_batch_size x diffusion fraction are the
+    diffusion part. key: (seed, step).
+
+    Raises:
+        ValueError: the rows of either part do not divide into the micro-batches.
+    """
+    num_diffusion = round(global_batch_size * config.fraction)
+    first = slice(None, int((rows < num_diffusion).sum()))
+    rest = slice(first.stop, None)
+    for name, count in (("diffusion", first.stop), ("sequential", len(rows) - first.stop)):
+        if count % num_micro_batches:
+            raise ValueError(f"{count} {name} rows do not divide into {num_micro_batches} micro-batches")
+    diffusion = sequential = None
+    if first.stop:
+        diffusion = draw_diffusion(tokens[first], valid[first], rows[first], num_diffusion, config, *key)
+    if first.stop < len(rows):
+        sequential = draw_sequential(tokens[rest], valid[rest], rows[rest], config.alpha_0, capacity, *key)
+    batches = [
+        _pack_parts(_share(diffusion, i, num_micro_batches), _share(sequential, i, num_micro_batches), config, capacity,
+                    mask_id, key)
+        for i in range(num_micro_batches)
+    ]  # fmt: skip
+    counts = [float(valid[first].sum()), float(valid[rest].sum())]
+    return Noised(batches, torch.tensor(counts, dtype=torch.float64))
+
+
+def draw_validation(
+    tokens: NDArray[np.int64],
+    valid: NDArray[np.bool_],
+    rows: NDArray[np.int64],
+    num_rows: int,
+    config: ObjectiveConfig,
+    *,
+    mask_id: int,
+    key: tuple[int | str, ...],
+) -> Noised:
+    """Every row in both parts of the bound (not one half of the rows in each, as the reference has it), as one batch."""
+    exact = config.model_copy(update={"diffusion_loss": "elbo"})
+    length, both = tokens.shape[1], valid.sum()
+    diffusion = sequential = None
+    if config.alpha_0 > 0:
+        diffusion = draw_diffusion(tokens, valid, rows, num_rows, exact, *key)
+    if config.alpha_0 < 1:
+        sequential = draw_sequential(tokens, valid, rows, config.alpha_0, length, *key)
+    batch = _pack_parts(diffusion, sequential, exact, length, mask_id, key)
+    counts = [float(both) if part is not None else 0.0 for part in (diffusion, sequential)]
+    return Noised([batch], torch.tensor(counts, dtype=torch.float64))
+
+
+def _share(rows: OrderedRows | None, index: int, count: int) -> OrderedRows | None:
+    if rows is None:
+        return None
+    size = len(rows.rows) // count
+    return rows[index * size : (index + 1) * size]
+
+
+def _pack_parts(
+    diffusion: OrderedRows | None,
+    sequential: OrderedRows | None,
+    config: ObjectiveConfig,
+    capacity: int,
+    mask_id: int,
+    key: tuple[int | str, ...],
+) -> PackedBatch:
+    groups = []
+    plain = diffusion
+    if diffusion is not None and config.diffusion_loss == "any_order":
+        plain = None
+        groups.append((diffusion, diffusion.tokens.shape[1], DIFFUSION))
+    if sequential is not None:
+        groups.append((sequential, capacity, SEQUENTIAL))
+    return pack(plain, groups, mask_id, *key)
+
+
+def part_sums(losses: Tensor, batch: PackedBatch) -> Tensor:
+    """Weighted sums of the (M,) token losses over each part of the loss: (2,), fp32 or better."""
+    weighted = losses * batch.weights.to(losses.dtype)
+    return weighted.new_zeros(2).index_add(0, batch.parts, weighted)
+
+
+def mean_loss(sums: Tensor, num_valid: Tensor) -> Tensor:
+    """The NELBO per token: each part's sum over the valid tokens, masked or not, of that part's rows."""
+    return (sums / num_valid.clamp(min=1).to(sums)).sum()
