@@ -1,0 +1,179 @@
+"""From a training checkpoint of any layout to the inference folder, proved by the probe that the training model answered."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from esolm_megatron.checkpoint import Checkpoint, complete_steps, newest, step_folder
+from esolm_megatron.config import ModelConfig
+from esolm_megatron.model.attention import PackedAttention, PackedLayout
+from esolm_megatron.model.pretrained import load_model, parameter_shapes, save_model
+
+Progress = Callable[[str, int, int], None]
+"""(tensor, its number from 1, number of tensors)."""
+
+KIND_OF = {"last": "weight", "ema": "ema"}
+PROBE_BOUNDS = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""Largest difference of a probe logit, times the largest logit where that is above 1. A wrong tensor moves logits by about
+their own size; rounding to bf16 by one or two hundredths of it."""
+
+_RUN_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class ExportError(ValueError):
+    """A checkpoint that cannot be exported, or whose export does not answer as the training model did."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """An export that passed its probe.
+
+    max_difference: the largest one between a logit of the exported model and the training model's; tolerance: its bound.
+    """
+
+    folder: Path
+    step: int
+    weights: str
+    num_tensors: int
+    max_difference: float
+    tolerance: float
+
+
+def export_run(
+    run_or_step_folder: str | Path,
+    out: str | Path,
+    *,
+    weights: str = "ema",
+    dtype: torch.dtype = torch.float32,
+    step: int | None = None,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Write the inference folder `out` from a run (its newest whole step, or `step`) or from one step's folder.
+
+    weights: "ema", the moving average, or "last". Tensors are read and written one at a time. The run's `tokenizer` folder
+    is copied where there is one. The result is loaded in fp32 and answers the checkpoint's probe; see `probe_difference`.
+
+    Raises:
+        ExportError: there is nothing to export, or the probe fails; `out` is then not made.
+        CheckpointError: the checkpoint is damaged.
+    """
+    checkpoint = _open(Path(run_or_step_folder), step)
+    if weights not in KIND_OF:
+        raise ExportError(f"weights = {weights!r}: must be ema or last")
+    kind, config = KIND_OF[weights], _model_config(checkpoint)
+    shapes = parameter_shapes(config)
+    held = set(checkpoint.names(kind))
+    if weights == "ema" and not held:
+        raise ExportError(
+            f"{checkpoint.folder}: was saved without a moving average (optim.ema_decay = 0); export weights=last"
+        )
+    for name, shape in shapes.items():
+        if name not in held or checkpoint.shape(name) != shape:
+            found = checkpoint.shape(name) if name in held else "nothing"
+            raise ExportError(f"{checkpoint.folder}: {kind} {name}: found {found}, the network needs {shape}")
+    reports: list[ExportReport] = []
+
+    def check(folder: Path) -> None:
+        difference, tolerance = probe_difference(checkpoint, folder, weights, dtype)
+        if not difference <= tolerance:
+            raise ExportError(
+                f"{checkpoint.folder}: the exported model does not answer the probe as the training model did: largest "
+                f"difference {difference:.3g}, allowed {tolerance:.3g}; nothing was written to {out}"
+            )
+        reports.append(ExportReport(Path(out), checkpoint.step, weights, len(shapes), difference, tolerance))
+
+    tokenizer = checkpoint.folder.parent.parent / "tokenizer"
+    save_model(
+        out,
+        config,
+        checkpoint.config_tree["objective"]["alpha_0"],
+        _tensors(checkpoint, kind, list(shapes), progress),
+        dtype=dtype,
+        facts=_facts(checkpoint, weights),
+        tokenizer_folder=tokenizer if tokenizer.is_dir() else None,
+        check=check,
+    )
+    return reports[0]
+
+
+def _open(folder: Path, step: int | None) -> Checkpoint:
+    """The checkpoint meant by a run folder and a step, or by a step's folder; every file's hash is verified."""
+    if re.fullmatch(r"step_\d+", folder.name):
+        return Checkpoint.open(folder, verify=True)
+    steps = complete_steps(folder)
+    if not steps:
+        raise ExportError(
+            f"{folder}: holds no checkpoint; give a run's folder, or one of its checkpoints/step_XXXXXXXX"
+        )
+    if step is not None:
+        if step not in steps:
+            raise ExportError(f"step = {step}: {folder} has no such checkpoint; it has {', '.join(map(str, steps))}")
+        return Checkpoint.open(step_folder(folder, step), verify=True)
+    checkpoint = newest(folder)
+    assert checkpoint is not None
+    return checkpoint
+
+
+def _model_config(checkpoint: Checkpoint) -> ModelConfig:
+    try:
+        config = ModelConfig.model_validate(checkpoint.config_tree["model"])
+    except (KeyError, ValidationError) as error:
+        raise ExportError(f"{checkpoint.folder}: its configuration has no valid model section: {error}") from error
+    if config.vocab_size is None:
+        config = config.model_copy(update={"vocab_size": checkpoint.shape("embedding.weight")[0]})
+    return config
+
+
+def _facts(checkpoint: Checkpoint, weights: str) -> dict[str, Any]:
+    manifest = checkpoint.manifest
+    known = {"step": checkpoint.step, "weights": weights, "run": checkpoint.config_tree.get("name")}
+    return {**manifest.get("facts", {}), **known, "trained_with": manifest.get("versions", {})}
+
+
+def _tensors(
+    checkpoint: Checkpoint, kind: str, names: list[str], progress: Progress | None
+) -> Iterator[tuple[str, Tensor]]:
+    for number, name in enumerate(names, 1):
+        yield name, checkpoint.read(kind, name)
+        if progress is not None:
+            progress(name, number, len(names))
+
+
+@torch.no_grad()
+def probe_difference(checkpoint: Checkpoint, folder: Path, weights: str, dtype: torch.dtype) -> tuple[float, float]:
+    """(largest difference of a logit, bound) between the model in `folder`, run in fp32, and the training model.
+
+    The checkpoint's probe is one plain causal row of L tokens: `tokens` (L,) and `positions` (L,) int64, and the logits
+    (L, V) that the training model gave for its weights (`logits_weight`) and, where it has them, for their moving average
+    (`logits_ema`). Logits that are minus infinity on both sides agree. The bound is that of the narrowest of the training
+    precision and `dtype`.
+
+    Raises:
+        ExportError: the checkpoint has no such probe.
+    """
+    probe, wanted = checkpoint.probe(), f"logits_{KIND_OF[weights]}"
+    for name in ("tokens", "positions", wanted):
+        if name not in probe:
+            raise ExportError(
+                f"{checkpoint.folder}: its probe has no {name}, so the export cannot be checked; save another step"
+            )
+    theirs = probe[wanted].double()
+    attend = PackedAttention(PackedLayout(seq_length=len(probe["tokens"]), num_plain=1))
+    mine = load_model(folder, torch.float32)(probe["tokens"], probe["positions"], attend).double()
+    if mine.shape != theirs.shape:
+        raise ExportError(
+            f"{checkpoint.folder}: probe {wanted} has shape {tuple(theirs.shape)}, the model gives {tuple(mine.shape)}"
+        )
+    seen = ~(torch.isneginf(mine) & torch.isneginf(theirs))
+    mine, theirs = mine[seen], theirs[seen]
+    run_dtype = _RUN_DTYPE.get(checkpoint.config_tree.get("train", {}).get("precision", ""), torch.bfloat16)
+    bound = max(PROBE_BOUNDS[run_dtype], PROBE_BOUNDS[dtype])
+    return (mine - theirs).abs().max().item(), bound * max(1.0, theirs.abs().max().item())

@@ -1,0 +1,529 @@
+"""What a run leaves on disk: checkpoints that say what they hold, load into any layout, and appear only when whole.
+
+    RUN/checkpoints/step_00000100/
+        rank_00003.safetensors   the boxes of whole tensors that this rank owned
+        rank_00003.json          where each box lies in its tensor; size and hash of the file
+        probe.safetensors        one input, and what the training model answered
+        manifest.json            step, configuration, layout, versions, data, every tensor, every file's size and hash
+
+Each rank calls `write_rank` into the staging folder; when all have, one calls `commit`, which renames the folder. Nothing
+here is a pickle, and nothing needs a process group.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from esolm_megatron.config import Config
+from esolm_megatron.tensorfile import Entry, FileFacts, sha256_of, sync_folder, write_json, write_tensors
+from esolm_megatron.topology import Topology
+
+FORMAT, VERSION = "esolm-checkpoint", 1
+KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
+MANIFEST, PROBE = "manifest.json", "probe.safetensors"
+
+_STEP = re.compile(r"step_(\d{8,})")
+_LEFTOVER = re.compile(r"step_\d{8,}\.(tmp|deleted)-.+")
+_PACKAGES = ("esolm-megatron", "torch", "numpy", "safetensors", "megatron-core", "deepspeed")
+_OPEN_FILES = 64
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or used."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint that was whole once: a file is missing, cut short or changed."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box of a whole tensor: `tensor` starts at `offset` in the tensor `name`, which has `whole_shape`.
+
+    kind: one of KINDS. Any number of dimensions, none included; the three shapes have the same number.
+    """
+
+    kind: str
+    name: str
+    whole_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    tensor: Tensor
+
+
+def step_folder(run_dir: str | Path, step: int) -> Path:
+    """Where the checkpoint of `step` is, once it is whole."""
+    return Path(run_dir) / "checkpoints" / f"step_{step:08d}"
+
+
+def staging_folder(run_dir: str | Path, step: int, attempt: str | int = 0) -> Path:
+    """Where ranks write before `commit`.
+
+    All ranks of a save pass the same `attempt`, and no other process does: the restart count keeps a dead job's last
+    rank, still running, out of its successor's folder.
+    """
+    final = step_folder(run_dir, step)
+    return final.with_name(f"{final.name}.tmp-{attempt}")
+
+
+def describe(
+    step: int,
+    config: Config,
+    topology: Topology,
+    *,
+    data: Mapping[str, Any] | None = None,
+    scalars: Mapping[str, Any] | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The manifest that `commit` wants.
+
+    data: the fingerprint of the tokens. scalars: numbers that resuming needs, such as the optimizer's step. facts: what a
+    reader of the exported model may want to know, such as the validation perplexity.
+    """
+    return {
+        "step": step,
+        "config": config.model_dump(mode="json"),
+        "topology": {name: size for name, size in asdict(topology).items() if name != "rank"},
+        "versions": package_versions(),
+        "data": dict(data or {}),
+        "scalars": dict(scalars or {}),
+        "facts": dict(facts or {}),
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Version of each package that a checkpoint may depend on, where installed."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_rank(folder_tmp: str | Path, rank: int, pieces: Iterable[Piece]) -> None:
+    """Write one rank's boxes; they are on the disk when this returns.
+
+    Memory grows by one box at a time where the pieces are views. Empty boxes are left out. What a dead save left under
+    the same names is replaced.
+
+    Raises:
+        CheckpointError: a piece does not fit its tensor, or the disk refuses.
+    """
+    folder, stem = Path(folder_tmp), _stem(rank)
+    listed = sorted((p for p in pieces if p.tensor.numel()), key=lambda p: -p.tensor.element_size())
+    for piece in listed:
+        _check_piece(piece)
+    keys = [f"{p.kind}/{p.name}/{','.join(map(str, p.offset))}" for p in listed]
+    entries = [Entry(key, p.tensor.dtype, tuple(p.tensor.shape)) for key, p in zip(keys, listed, strict=True)]
+    boxes = [
+        {
+            "kind": p.kind,
+            "name": p.name,
+            "whole_shape": list(p.whole_shape),
+            "offset": list(p.offset),
+            "shape": list(p.tensor.shape),
+            "key": key,
+        }
+        for key, p in zip(keys, listed, strict=True)
+    ]
+    path = folder / f"{stem}.safetensors"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{stem}.json").unlink(missing_ok=True)
+        facts = write_tensors(path, entries, (p.tensor for p in listed))
+        write_json(folder / f"{stem}.json", {"file": path.name, **asdict(facts), "boxes": boxes})
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"rank {rank} cannot write {path}: {error}") from error
+
+
+def _stem(rank: int) -> str:
+    return f"rank_{rank:05d}"
+
+
+def _check_piece(piece: Piece) -> None:
+    what, shape = f"{piece.kind} {piece.name}", tuple(piece.tensor.shape)
+    if piece.kind not in KINDS:
+        raise CheckpointError(f"{what}: unknown kind {piece.kind!r}; use one of {', '.join(KINDS)}")
+    if not piece.tensor.is_floating_point():
+        raise CheckpointError(
+            f"{what}: {piece.tensor.dtype} is no floating type; put whole numbers into the manifest's scalars"
+        )
+    if not len(shape) == len(piece.offset) == len(piece.whole_shape):
+        raise CheckpointError(
+            f"{what}: shape {shape}, offset {piece.offset} and whole shape {piece.whole_shape} differ in length"
+        )
+    for size, start, whole in zip(shape, piece.offset, piece.whole_shape, strict=True):
+        if start < 0 or start + size > whole:
+            raise CheckpointError(
+                f"{what}: a box of {shape} at {piece.offset} reaches out of the whole {piece.whole_shape}"
+            )
+
+
+def commit(
+    folder_tmp: str | Path,
+    final: str | Path,
+    manifest: Mapping[str, Any],
+    world_size: int,
+    probe: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Turn a staging folder that every rank has written into the checkpoint `final`, in one rename.
+
+    manifest: from `describe`. probe: see checkpoints_conversion/export.py. Files of ranks beyond `world_size`, left by a
+    dead save of a larger world, are removed.
+
+    Raises:
+        CheckpointError: `final` exists, a rank's files are missing, or the boxes leave a gap or overlap. `final` is then as
+            before.
+    """
+    folder, final = Path(folder_tmp), Path(final)
+    if final.exists():
+        raise CheckpointError(
+            f"{final}: exists, and a checkpoint is never overwritten; save another step, or move it away"
+        )
+    files, index = _written(folder, world_size)
+    for name, tensor in index.items():
+        for boxes in tensor.kinds.values():
+            _check_cover(name, tensor.shape, boxes)
+    try:
+        for path in folder.iterdir():
+            if path.name not in files:
+                path.unlink()
+        if probe:
+            listed = sorted(probe.items(), key=lambda item: -item[1].element_size())
+            entries = [Entry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in listed]
+            files[PROBE] = write_tensors(folder / PROBE, entries, (tensor for _, tensor in listed))
+        tree = {
+            **manifest,
+            "format": FORMAT,
+            "version": VERSION,
+            "world_size": world_size,
+            "files": {name: asdict(facts) for name, facts in files.items()},
+            "tensors": {name: {"shape": tensor.shape, "kinds": sorted(tensor.kinds)} for name, tensor in index.items()},
+        }
+        write_json(folder / MANIFEST, tree | {"sha256": _tree_hash(json.loads(json.dumps(tree)))})
+        sync_folder(folder)
+        folder.rename(final)
+        sync_folder(final.parent)
+    except OSError as error:
+        raise CheckpointError(f"{final}: cannot be committed: {error}") from error
+
+
+def _written(folder: Path, world_size: int) -> tuple[dict[str, FileFacts], dict[str, _Indexed]]:
+    """Facts of every rank's files, and the index of their boxes."""
+    files: dict[str, FileFacts] = {}
+    index: dict[str, _Indexed] = {}
+    for rank in range(world_size):
+        listing = folder / f"{_stem(rank)}.json"
+        if not listing.exists():
+            raise CheckpointError(
+                f"{folder.name}: rank {rank} of {world_size} has not finished writing; call write_rank on each first"
+            )
+        tree = _read_json(listing)
+        files[tree["file"]] = FileFacts(tree["bytes"], tree["sha256"])
+        files[listing.name] = FileFacts(listing.stat().st_size, sha256_of(listing))
+        found = (folder / tree["file"]).stat().st_size if (folder / tree["file"]).exists() else "no file"
+        if found != tree["bytes"]:
+            raise CheckpointError(
+                f"{folder.name}/{tree['file']}: {found} where rank {rank} wrote {tree['bytes']} bytes"
+            )
+        _add_boxes(index, tree)
+    return files, index
+
+
+@dataclass
+class _Box:
+    file: str
+    key: str
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass
+class _Indexed:
+    """A whole tensor, and for each kind the boxes that hold it."""
+
+    shape: tuple[int, ...]
+    kinds: dict[str, list[_Box]]
+
+
+def _add_boxes(index: dict[str, _Indexed], listing: Mapping[str, Any]) -> None:
+    for item in listing["boxes"]:
+        name, whole = item["name"], tuple(item["whole_shape"])
+        tensor = index.setdefault(name, _Indexed(whole, {}))
+        if tensor.shape != whole:
+            raise CheckpointError(
+                f"{name}: {listing['file']} says its whole shape is {whole}, another rank {tensor.shape}"
+            )
+        box = _Box(listing["file"], item["key"], tuple(item["offset"]), tuple(item["shape"]))
+        tensor.kinds.setdefault(item["kind"], []).append(box)
+
+
+def _bounds(boxes: Sequence[_Box]) -> tuple[np.ndarray, np.ndarray]:
+    """First and one-past-last indices of each box, (boxes, dimensions)."""
+    starts = np.array([box.offset for box in boxes], np.int64).reshape(len(boxes), -1)
+    return starts, starts + np.array([box.shape for box in boxes], np.int64).reshape(len(boxes), -1)
+
+
+def _check_cover(name: str, whole: tuple[int, ...], boxes: Sequence[_Box]) -> None:
+    """Raise CheckpointError unless the boxes hold each element of the whole exactly once."""
+    starts, ends = _bounds(boxes)
+    for first in range(0, len(boxes), 256):
+        rows = slice(first, first + 256)
+        meet = ((starts[rows, None] < ends[None]) & (ends[rows, None] > starts[None])).all(-1)
+        meet[np.arange(len(meet)), first + np.arange(len(meet))] = False
+        if meet.any():
+            i, j = (int(n) for n in np.argwhere(meet)[0])
+            a, b = boxes[first + i], boxes[j]
+            raise CheckpointError(
+                f"{name}: overlap of the box of {a.shape} at {a.offset} in {a.file} and that of {b.shape} at {b.offset} in {b.file}"
+            )
+    held, wanted = int((ends - starts).prod(-1).sum()), math.prod(whole)
+    if held != wanted:
+        raise CheckpointError(f"{name}: gap: the boxes of all ranks hold {held} of the {wanted} elements of {whole}")
+
+
+class Checkpoint:
+    """A committed checkpoint, read on one process without any group; `Checkpoint.open` makes it.
+
+    folder; step; manifest: the whole manifest; config_tree: the resolved configuration.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], index: dict[str, _Indexed]):
+        self.folder, self.manifest, self._index = folder, manifest, index
+        self.step: int = manifest["step"]
+        self.config_tree: dict[str, Any] = manifest["config"]
+        self._covered: set[tuple[str, str]] = set()
+        self._files: dict[str, Any] = {}
+
+    @classmethod
+    def open(cls, folder: str | Path, verify: bool = False) -> Checkpoint:
+        """The checkpoint in `folder`; `verify` hashes every file, otherwise only their sizes are compared.
+
+        Raises:
+            DamagedCheckpoint: a file is missing, cut short or changed.
+            CheckpointError: there is no such folder, or a newer version of this package wrote it.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: no such checkpoint; give a folder step_XXXXXXXX")
+        manifest = _read_manifest(folder)
+        index: dict[str, _Indexed] = {}
+        for name, facts in manifest["files"].items():
+            path = folder / name
+            if not path.is_file():
+                raise DamagedCheckpoint(f"{path}: missing; restore it, or use an earlier step")
+            if path.stat().st_size != facts["bytes"]:
+                raise DamagedCheckpoint(f"{path}: has {path.stat().st_size} bytes where {facts['bytes']} were written")
+            if (verify or path.suffix == ".json") and sha256_of(path) != facts["sha256"]:
+                raise DamagedCheckpoint(f"{path}: its content has changed since it was written (sha256 differs)")
+            if path.suffix == ".json":
+                _add_boxes(index, _read_json(path))
+        return cls(folder, manifest, index)
+
+    def names(self, kind: str) -> list[str]:
+        """The tensors that have this kind."""
+        return [name for name, tensor in self._index.items() if kind in tensor.kinds]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a whole tensor."""
+        if name not in self._index:
+            raise CheckpointError(
+                f"{self.folder}: holds no tensor {name}; it has {', '.join(list(self._index)[:4])}, ..."
+            )
+        return self._index[name].shape
+
+    def read(self, kind: str, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A whole tensor, on the CPU.
+
+        Raises:
+            CheckpointError: it is not there, or the boxes leave a gap or overlap.
+        """
+        shape = self.shape(name)
+        return self.read_box(kind, name, (0,) * len(shape), shape, dtype)
+
+    def read_box(
+        self,
+        kind: str,
+        name: str,
+        offset: Sequence[int],
+        shape: Sequence[int],
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Any box of a whole tensor, whatever boxes it was saved in; only what the box needs is read.
+
+        Raises:
+            CheckpointError: it is not there, reaches out of the tensor, or the saved boxes leave a gap or overlap.
+        """
+        whole = self.shape(name)
+        boxes = self._index[name].kinds.get(kind)
+        if boxes is None:
+            raise CheckpointError(
+                f"{self.folder}: {name} has no {kind}; it has {', '.join(sorted(self._index[name].kinds))}"
+            )
+        low = np.array(offset, np.int64)
+        high = low + np.array(shape, np.int64)
+        if low.shape != (len(whole),) or high.shape != low.shape or (low < 0).any() or (high > np.array(whole)).any():
+            raise CheckpointError(f"{name}: a box of {tuple(shape)} at {tuple(offset)} is not inside the whole {whole}")
+        if (kind, name) not in self._covered:
+            _check_cover(name, whole, boxes)
+            self._covered.add((kind, name))
+        out = torch.empty(tuple(shape), dtype=dtype)
+        starts, ends = _bounds(boxes)
+        for i in np.flatnonzero(((starts < high) & (ends > low)).all(-1)):
+            first, last = np.maximum(starts[i], low), np.minimum(ends[i], high)
+            out[_slices(first - low, last - low)] = self._load(
+                boxes[i], _slices(first - starts[i], last - starts[i])
+            ).to(dtype)
+        return out
+
+    def _load(self, box: _Box, part: tuple[slice, ...]) -> Tensor:
+        path = self.folder / box.file
+        try:
+            if box.file not in self._files:
+                if len(self._files) >= _OPEN_FILES:
+                    self._files.clear()
+                self._files[box.file] = safe_open(path, "pt")
+            file = self._files[box.file]
+            return file.get_slice(box.key)[part] if part else file.get_tensor(box.key)
+        except (OSError, SafetensorError) as error:
+            raise DamagedCheckpoint(f"{path}: {box.key} cannot be read: {error}") from error
+
+    def probe(self) -> dict[str, Tensor]:
+        """The probe's tensors; empty where none was saved."""
+        if PROBE not in self.manifest["files"]:
+            return {}
+        try:
+            return load_file(self.folder / PROBE)
+        except (OSError, SafetensorError) as error:
+            raise DamagedCheckpoint(f"{self.folder / PROBE}: cannot be read: {error}") from error
+
+
+def _slices(first: Iterable[int], last: Iterable[int]) -> tuple[slice, ...]:
+    return tuple(slice(int(a), int(b)) for a, b in zip(first, last, strict=True))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpoint(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(tree, dict):
+        raise DamagedCheckpoint(f"{path}: must be a JSON object, found {type(tree).__name__}")
+    return tree
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise DamagedCheckpoint(f"{path}: missing; restore it, or use an earlier step")
+    tree = _read_json(path)
+    version = tree.get("version")
+    if tree.get("format") == FORMAT and isinstance(version, int) and version > VERSION:
+        raise CheckpointError(
+            f"{path}: has format version {version}, this package reads up to {VERSION}; update esolm-megatron"
+        )
+    stamp = tree.pop("sha256", None)
+    if tree.get("format") != FORMAT or version != VERSION or stamp != _tree_hash(tree):
+        raise DamagedCheckpoint(f"{path}: its content has changed since it was written")
+    return tree
+
+
+def _tree_hash(tree: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def complete_steps(run_dir: str | Path) -> list[int]:
+    """The steps whose save finished, oldest first."""
+    folder = step_folder(run_dir, 0).parent
+    if not folder.is_dir():
+        return []
+    return sorted(int(match[1]) for path in folder.iterdir() if (match := _STEP.fullmatch(path.name)) and path.is_dir())
+
+
+def newest(run_dir: str | Path, verify: bool = True, *, move_damaged: bool = False) -> Checkpoint | None:
+    """The newest checkpoint that is whole; None where the run has saved none.
+
+    A damaged one is skipped with a warning that names file and reason. With `move_damaged` (on one process only) its
+    folder is renamed as well, so that the run can save that step again.
+
+    Raises:
+        CheckpointError: there are checkpoints, but all are damaged, or a newer version of this package wrote the newest.
+    """
+    steps, reasons = complete_steps(run_dir), []
+    for step in reversed(steps):
+        folder = step_folder(run_dir, step)
+        try:
+            return Checkpoint.open(folder, verify)
+        except DamagedCheckpoint as error:
+            logger.warning("step %d is damaged, falling back to the step before: %s", step, error)
+            reasons.append(str(error))
+            if move_damaged:
+                _renamed(folder, "damaged")
+    if reasons:
+        raise CheckpointError(f"all {len(steps)} checkpoints of {run_dir} are damaged:\n" + "\n".join(reasons))
+    return None
+
+
+def _renamed(folder: Path, word: str) -> Path:
+    """`folder` under a free name that is no step's."""
+    number = 0
+    while (target := folder.with_name(f"{folder.name}.{word}-{number}")).exists():
+        number += 1
+    os.rename(folder, target)
+    sync_folder(folder.parent)
+    return target
+
+
+def prune(run_dir: str | Path, keep_last: int, *, remove_unfinished: bool = False) -> list[int]:
+    """The steps removed: all but the newest `keep_last` that open (a damaged one newer than those stays, and is not counted).
+
+    remove_unfinished: also remove the staging folders of saves that died; only while no save is running.
+
+    Raises:
+        CheckpointError: keep_last is below 1.
+    """
+    if keep_last < 1:
+        raise CheckpointError(f"keep_last = {keep_last}: the newest checkpoint is always kept; use 1 or more")
+    kept, removed = 0, []
+    for step in reversed(complete_steps(run_dir)):
+        folder = step_folder(run_dir, step)
+        if kept < keep_last:
+            kept += _opens(folder)
+        else:
+            _renamed(folder, "deleted")  # first, so that a kill leaves no step half removed
+            removed.append(step)
+    parent = step_folder(run_dir, 0).parent
+    for path in parent.iterdir() if parent.is_dir() else ():
+        match = _LEFTOVER.fullmatch(path.name)
+        if match and (match[1] == "deleted" or remove_unfinished):
+            shutil.rmtree(path, ignore_errors=True)
+    return removed
+
+
+def _opens(folder: Path) -> bool:
+    try:
+        Checkpoint.open(folder)
+    except CheckpointError as error:
+        logger.warning("not counted among the checkpoints to keep: %s", error)
+        return False
+    return True

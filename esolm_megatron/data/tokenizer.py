@@ -1,0 +1,253 @@
+"""Text to token ids and back: built-in bytes, any `tokenizer.json`, GPT-2 style files, and training of a new one.
+
+A tokenizer *is* its definition, the JSON tree of a `tokenizer.json`. The `tokenizers` library executes it; where it
+is plain byte-level BPE, tiktoken executes the same merges several times faster. The mask token is no part of it: the
+network's vocabulary has one id more, the last, and that is the mask.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+EOS = "<|endoftext|>"
+MASK_TEXT = "[MASK]"
+
+_END_NAMES = ("end", "eos", "</s>", "eot", "sep")
+_GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_PROBE = (
+    "def f(x):\n    return x  # it's 3.14, I'll\n\n\n\tEND \r\n  ",
+    "Zwölf Boxkämpfer — naïve façade… 東京で、الحروف нет ½ ①²३४ é\u0301 \u00a0\u2003\u200b 👩\u200d🚀🇪🇺 ﬁ",
+    "''' 's't're've'm'll'd 'S <|endoftext|> a<b 0123456789 __init__ \x00\x07\x7f\u0085\ufeff\U0010ffff",
+)
+
+
+class TokenizerError(ValueError):
+    """A tokenizer that cannot be loaded or does not do what a run needs."""
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    `vocab_size` counts the tokens without the mask; `vocab_size` itself is the mask's id. `eos_id` ends each document.
+    `fingerprint` is the sha256 of the definition. Text is only ever text: a document that spells out a special token
+    does not get its id.
+    """
+
+    def __init__(self, definition: dict[str, Any], source: str):
+        """`definition` is the tree of a tokenizer.json; `source` names it in errors."""
+        from tokenizers import Tokenizer as Engine
+
+        self._definition = {**definition, "truncation": None, "padding": None}
+        canonical = json.dumps(self._definition, sort_keys=True, separators=(",", ":"))
+        self.fingerprint: str = hashlib.sha256(canonical.encode()).hexdigest()
+        try:
+            self._engine = Engine.from_str(canonical)
+        except Exception as error:  # the library raises plain Exception
+            raise TokenizerError(f"{source}: the tokenizers library cannot load it: {error}") from error
+        self._engine.encode_special_tokens = True
+        vocab = self._engine.get_vocab(with_added_tokens=True)
+        self.vocab_size: int = max(vocab.values(), default=-1) + 1
+        if EOS not in vocab:
+            near = [name for name in vocab if any(part in name.lower() for part in _END_NAMES) and name[0] in "<[|"]
+            raise TokenizerError(
+                f"{source}: has no end-of-text token {EOS!r}; tokens that look like one: "
+                f"{', '.join(sorted(near)[:8]) or 'none'}; rename one in tokenizer.json, or add {EOS!r} there"
+            )
+        self.eos_id: int = vocab[EOS]
+        self._fast: Any = None
+        self._fast_tried = False
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without an end-of-text token."""
+        return list(self._engine.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text; equal to `encode` of each."""
+        return [ids.tolist() for ids in self.encode_arrays(texts)]
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of each text as a uint32 array; equal to `encode` of each, by the fastest engine."""
+        if not self._fast_tried:
+            self._fast, self._fast_tried = _tiktoken_engine(self._definition, self._engine), True
+        if self._fast is not None:
+            return [self._fast.encode_to_numpy(text, disallowed_special=()) for text in texts]
+        encodings = self._engine.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(encoding.ids, np.uint32) for encoding in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`; the mask, and any id above it, is shown as [MASK]."""
+        parts: list[str] = []
+        run: list[int] = []
+        for token in ids:
+            if token < self.vocab_size:
+                run.append(int(token))
+                continue
+            parts += [self._engine.decode(run, skip_special_tokens=False), MASK_TEXT]
+            run = []
+        return "".join([*parts, self._engine.decode(run, skip_special_tokens=False)])
+
+    def save(self, folder: str | Path) -> Path:
+        """Path of the tokenizer.json written into `folder`; loading it gives the same fingerprint."""
+        path = Path(folder) / "tokenizer.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self._definition, ensure_ascii=False) + "\n", encoding="utf-8")
+        return path
+
+
+def load_tokenizer(name_or_folder: str | Path) -> Tokenizer:
+    """The tokenizer called "bytes", or the one in a folder or file.
+
+    A folder holds `tokenizer.json`, or `vocab.json` and `merges.txt` of a byte-level BPE as GPT-2's.
+
+    Raises:
+        TokenizerError: nothing usable is there, or it has no end-of-text token.
+    """
+    if str(name_or_folder) == "bytes":
+        return Tokenizer(_byte_definition(), "bytes")
+    path = Path(name_or_folder)
+    if path.is_dir() and (path / "tokenizer.json").exists():
+        path = path / "tokenizer.json"
+    if path.is_file():
+        definition = _read_json(path)
+        if "model" not in definition:
+            raise TokenizerError(f"{path}: has no field `model`; give the tokenizer.json of the `tokenizers` library")
+        return Tokenizer(definition, str(path))
+    if (path / "vocab.json").exists() and (path / "merges.txt").exists():
+        return Tokenizer(_gpt2_definition(path), str(path))
+    raise TokenizerError(
+        f"tokenizer {str(name_or_folder)!r}: not found; write bytes, or a folder with tokenizer.json, or with "
+        "vocab.json and merges.txt"
+    )
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -> Tokenizer:
+    """A byte-level BPE tokenizer of at most `vocab_size` tokens learnt from `texts` and saved in `folder`.
+
+    Equal texts give an equal tokenizer. Few texts can give fewer tokens than asked for.
+
+    Raises:
+        TokenizerError: `vocab_size` is too small for the 256 bytes and the end-of-text token.
+    """
+    from tokenizers import Tokenizer as Engine
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < 257:
+        raise TokenizerError(f"vocab_size = {vocab_size}: 256 bytes and {EOS} need at least 257")
+    engine = Engine(models.BPE())
+    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    engine.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    engine.train_from_iterator(texts, trainer)
+    tokenizer = Tokenizer(json.loads(engine.to_str()), "the trained tokenizer")
+    tokenizer.save(folder)
+    return tokenizer
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(tree, dict):
+        raise TokenizerError(f"{path}: must be a JSON object, found {type(tree).__name__}")
+    return tree
+
+
+def _byte_letters() -> list[str]:
+    """The printable letter that byte-level vocabularies write for each byte 0..255."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = (byte for byte in range(256) if byte not in printable)
+    moved = {byte: chr(256 + n) for n, byte in enumerate(others)}
+    return [moved.get(byte, chr(byte)) for byte in range(256)]
+
+
+def _byte_level_definition(vocab: dict[str, int], merges: list[list[str]], use_regex: bool = True) -> dict[str, Any]:
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {
+        "version": "1.0",
+        "added_tokens": [{"id": vocab[EOS], "content": EOS, **flags}] if EOS in vocab else [],
+        "normalizer": None,
+        "pre_tokenizer": level,
+        "post_processor": None,
+        "decoder": level,
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
+    }
+
+
+def _byte_definition() -> dict[str, Any]:
+    vocab = {letter: byte for byte, letter in enumerate(_byte_letters())}
+    return _byte_level_definition({**vocab, EOS: 256}, [], use_regex=False)
+
+
+def _gpt2_definition(folder: Path) -> dict[str, Any]:
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    if lines and lines[0].startswith("#version"):
+        lines = lines[1:]
+    merges = [line.rstrip("\r").split(" ") for line in lines if line.strip()]
+    wrong = next((n for n, merge in enumerate(merges, 1) if len(merge) != 2), None)
+    if wrong is not None:
+        raise TokenizerError(f"{folder / 'merges.txt'}: merge {wrong} is {merges[wrong - 1]}, expected two tokens")
+    return _byte_level_definition(_read_json(folder / "vocab.json"), merges)
+
+
+def _tiktoken_engine(definition: dict[str, Any], engine: Any) -> Any:
+    """A tiktoken encoder that gives exactly the ids of `engine`, or None where that cannot be shown."""
+    try:
+        import tiktoken
+    except ImportError:
+        return None
+    ranks = _tiktoken_ranks(definition, engine)
+    if ranks is None:
+        return None
+    level = definition["pre_tokenizer"]
+    pattern = _GPT2_PATTERN if level.get("use_regex", True) else r"(?s).+"
+    fast = tiktoken.Encoding("esolm", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    slow = engine.encode_batch_fast(list(_PROBE), add_special_tokens=False)
+    same = all(fast.encode_ordinary(text) == ids.ids for text, ids in zip(_PROBE, slow, strict=True))
+    return fast if same else None
+
+
+def _tiktoken_ranks(definition: dict[str, Any], engine: Any) -> dict[bytes, int] | None:
+    """Id of each token's bytes, or None unless both engines must merge alike.
+
+    tiktoken joins any neighbours whose bytes are a token, the lowest id first; the library joins listed pairs, in the
+    order of the list. They agree when ids rise along the list and every token, alone, is merged into itself: within a
+    token's bytes both then take the same steps.
+    """
+    model, level = definition["model"], definition.get("pre_tokenizer") or {}
+    special = [token for token in definition.get("added_tokens", []) if token["special"]]
+    plain = (
+        model.get("type") == "BPE"
+        and definition.get("normalizer") is None
+        and level.get("type") == "ByteLevel"
+        and not level.get("add_prefix_space", True)
+        and len(special) == len(definition.get("added_tokens", []))
+        and not any(model.get(key) for key in ("dropout", "unk_token", "byte_fallback", "ignore_merges"))
+        and not (model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"))
+    )
+    if not plain:
+        return None
+    byte_of = {letter: byte for byte, letter in enumerate(_byte_letters())}
+    names = {token["content"] for token in special}
+    tokens = {token: id_ for token, id_ in model["vocab"].items() if token not in names}
+    if any(letter not in byte_of for token in tokens for letter in token) or not byte_of.keys() <= tokens.keys():
+        return None
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+    merged = [tokens.get("".join(pair), -1) for pair in pairs]
+    if any(low >= high for low, high in zip([-1, *merged], merged, strict=False)):
+        return None
+    if any([piece.id for piece in engine.model.tokenize(token)] != [id_] for token, id_ in tokens.items()):
+        return None
+    return {bytes(byte_of[letter] for letter in token): id_ for token, id_ in tokens.items()}

@@ -1,0 +1,141 @@
+"""A trained model on one device: `load_pretrained(folder)`, then likelihoods with gradients, and samples."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from esolm_megatron.config import ModelConfig
+from esolm_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from esolm_megatron.model.pretrained import load_model, read_config
+from esolm_megatron.model.transformer import EsoLM
+from esolm_megatron.objective.likelihood import log_likelihood
+from esolm_megatron.sample import Order, Samples, Schedule, sample
+
+__all__ = ["PretrainedEsoLM", "Samples", "load_pretrained"]
+
+
+class PretrainedEsoLM:
+    """A network with what is needed to use it.
+
+    config: its shape. model: the network; its parameters take gradients. alpha_0: share of tokens made by diffusion in
+    training. folder: where it was loaded from, if it was.
+    """
+
+    def __init__(self, model: EsoLM, alpha_0: float, folder: Path | None = None):
+        self.model, self.alpha_0, self.folder = model, alpha_0, folder
+        self.config: ModelConfig = model.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.embedding.weight.device
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The folder's tokenizer, read when first used.
+
+        Raises:
+            ValueError: the folder has no tokenizer.json.
+        """
+        if self.folder is None or not (self.folder / "tokenizer.json").is_file():
+            raise ValueError(f"{self.folder}: has no tokenizer.json; put the one the model was trained with there")
+        return load_tokenizer(self.folder / "tokenizer.json")
+
+    def log_likelihood(self, tokens: Tensor, order: Tensor, scored: Tensor | None = None) -> Tensor:
+        """log p(tokens | order) of each row, one token a step: (B,), exact, with gradients, on the model's device.
+
+        tokens, order: (B, L) int64; `order[k]` is the position generated k-th. scored: (B, L) bool, the positions whose
+        log-probabilities are summed, all by default: leave out a prompt (first in the order) or padding (last in it).
+
+        Raises:
+            ValueError: shapes differ, a row of `order` is no permutation, or a token is outside the vocabulary.
+        """
+        tokens, order = tokens.to(self.device, torch.int64), order.to(self.device, torch.int64)
+        if scored is not None:
+            if scored.shape != tokens.shape:
+                raise ValueError(f"scored {tuple(scored.shape)} must have the shape of tokens, {tuple(tokens.shape)}")
+            scored = scored.to(self.device, torch.bool)
+        return log_likelihood(self.model, tokens, order, scored=scored)
+
+    def sample(
+        self,
+        num_samples: int,
+        length: int,
+        steps: int | None = None,
+        *,
+        alpha_0: float | None = None,
+        top_p: float = 1.0,
+        temperature: float = 1.0,
+        seed: int = 0,
+        prompt: Tensor | None = None,
+        prompt_positions: Tensor | None = None,
+        schedule: Schedule = "binomial",
+        order: Order = "random",
+        batch_size: int | None = None,
+    ) -> Samples:
+        """(tokens (B, L) int64, log_probs (B, L)) as `Samples`, which also tells the order and the passes it took.
+
+        steps: diffusion steps, one for each of the `length` places by default. alpha_0: share of tokens made by
+        diffusion, the trained value by default. prompt: (P,) or (B, P) ids at `prompt_positions` (the first P by
+        default), which are kept. batch_size: rows sampled at once, all by default; it does not change the samples.
+        The rest is told at `esolm_megatron.sample.sample`.
+
+        Raises:
+            ValueError: an argument out of its range, said with the fix.
+        """
+
+        def draw(first: int, count: int) -> Samples:
+            rows = slice(first, first + count) if count < num_samples else slice(None)
+            return sample(
+                self.model,
+                count,
+                length,
+                alpha_0=self.alpha_0 if alpha_0 is None else alpha_0,
+                steps=length if steps is None else steps,
+                top_p=top_p,
+                temperature=temperature,
+                seed=seed,
+                prompt=_rows_of("prompt", prompt, rows, num_samples),
+                prompt_positions=_rows_of("prompt_positions", prompt_positions, rows, num_samples),
+                schedule=schedule,
+                order=order,
+                first_row=first,
+            )
+
+        if batch_size is None:
+            return draw(0, num_samples)
+        if batch_size < 1:
+            raise ValueError(f"batch_size = {batch_size}: must be at least 1, or None for all rows at once")
+        parts = [draw(first, min(batch_size, num_samples - first)) for first in range(0, num_samples, batch_size)]
+        parts = parts or [draw(0, num_samples)]
+        tokens, log_probs, orders = (torch.cat(x) for x in zip(*((*p, p.order) for p in parts), strict=True))
+        return Samples(tokens, log_probs, orders, parts[0].ks)
+
+
+def _rows_of(name: str, values: Tensor | None, rows: slice, num_samples: int) -> Tensor | None:
+    if values is None:
+        return None
+    values = torch.as_tensor(values)
+    if values.dim() != 2:
+        return values
+    if len(values) != num_samples:
+        raise ValueError(
+            f"{name}: {len(values)} rows for num_samples = {num_samples}; give one row for each, or only one"
+        )
+    return values[rows]
+
+
+def load_pretrained(
+    folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> PretrainedEsoLM:
+    """The model that `esolm convert` wrote to `folder`, ready to score and sample.
+
+    Raises:
+        ValueError: the folder holds no such model, or a damaged one.
+    """
+    info = read_config(folder)
+    return PretrainedEsoLM(load_model(folder, dtype, device), info.alpha_0, Path(folder))

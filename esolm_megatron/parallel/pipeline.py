@@ -1,0 +1,103 @@
+"""One pass of a step's micro-batches through all pipeline stages, by megatron-core's schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from esolm_megatron.config import Config
+from esolm_megatron.model.attention import PackedAttention
+from esolm_megatron.model.transformer import EsoLM, initialise
+from esolm_megatron.objective.esolm import PackedBatch, mean_loss, part_sums
+from esolm_megatron.parallel.layers import MegatronLinears
+from esolm_megatron.topology import Topology, layers_of_chunk
+
+
+def build_chunks(
+    config: Config, megatron: TransformerConfig, topology: Topology, device: torch.device
+) -> list[EsoLM]:
+    """This stage's chunks of the network, initialised from config.seed."""
+    linears = MegatronLinears(megatron, topology, device)
+    num_stages, num_chunks = topology.pipeline_size, config.parallel.virtual_pipeline_size
+    chunks = []
+    for chunk in range(num_chunks):
+        model = EsoLM(
+            config.model,
+            linears,
+            layers=layers_of_chunk(config.model.num_layers, topology.stage, num_stages, chunk, num_chunks),
+            first=topology.stage == 0 and chunk == 0,
+            last=topology.stage == num_stages - 1 and chunk == num_chunks - 1,
+            recompute=config.parallel.recompute,
+        )
+        initialise(model, config.seed)
+        # what megatron-core's schedules look up on a model
+        model.config, model.model_type = megatron, ModelType.encoder_or_decoder  # type: ignore[assignment]
+        model.vp_stage = chunk if num_chunks > 1 else None  # type: ignore[assignment]
+        chunks.append(model)
+    return chunks
+
+
+Outcome = Callable[[Tensor, PackedBatch], tuple[Tensor, Tensor]]
+"""Last stage's output and its micro-batch -> (what is differentiated, what is kept)."""
+
+
+def loss_outcome(num_valid: Tensor, scale: float) -> Outcome:
+    """The loss of a micro-batch, and its (2,) sums over the parts. num_valid: (2,) over the whole global batch."""
+
+    def outcome(losses: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        sums = part_sums(losses, batch)
+        return mean_loss(sums, num_valid) * scale, sums.detach()
+
+    return outcome
+
+
+def logits_outcome(logits: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    """Keep a copy of the logits."""
+    return logits.new_zeros(()), logits.detach().clone()
+
+
+def run(
+    chunks: Sequence[EsoLM],
+    batches: Sequence[PackedBatch],
+    outcome: Outcome,
+    *,
+    forward_only: bool,
+    want_logits: bool = False,
+) -> list[Tensor]:
+    """What `outcome` kept of each micro-batch, on the last stage; an empty list elsewhere.
+
+    batches: micro-batches of one layout, on the device. Gradients are added up in the parameters unless forward_only.
+    """
+    layout = batches[0].layout
+    attend = PackedAttention(layout)
+
+    def forward_step(iterator: Iterator[PackedBatch], model: EsoLM) -> tuple[Tensor, Any]:
+        batch = next(iterator)
+        assert batch.layout == layout, "micro-batches of a step share one static layout"
+        output = model(
+            batch.tokens,
+            batch.positions,
+            attend,
+            places=batch.places,
+            targets=None if want_logits else batch.targets,
+            dropout_ids=None if forward_only else batch.dropout_ids,
+        )
+        return output, lambda tensor: outcome(tensor, batch)
+
+    iterators = [iter(batches) for _ in chunks]
+    with torch.set_grad_enabled(not forward_only):
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
+            model=list(chunks) if len(chunks) > 1 else chunks[0],
+            num_microbatches=len(batches),
+            seq_length=layout.num_tokens,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )

@@ -1,0 +1,296 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from esolm_megatron import __version__, checkpoint
+from esolm_megatron.config import Config, ConfigError, dump, with_values
+from esolm_megatron.data.stream import TokenStream, ValidationSet
+from esolm_megatron.model.size import flops_per_step
+from esolm_megatron.objective.esolm import Noised, draw_step, draw_validation, mask_capacity, mean_loss
+from esolm_megatron.parallel.engine import Engine
+from esolm_megatron.train.metrics import Metrics, peak_flops
+from esolm_megatron.train.schedule import learning_rate
+
+_FREE_TO_CHANGE = {
+    "runs_dir": None,
+    "train": {"num_steps", "micro_batch_size", "log_every_steps", "device", "peak_tflops"},
+    "parallel": None,
+    "evaluate": None,
+    "checkpoint": None,
+    "log": None,
+    "data": {"path", "prefetch_batches"},
+}
+"""What a resumed run may change: it alters speed, length or reports, not what is trained."""
+
+
+class StopRequest:
+    """Remembers that a signal asked the run to stop; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.signal is not None:
+            os._exit(128 + number)
+        self.signal = number
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: the step it reached, whether that is the last, and the newest numbers."""
+
+    step: int
+    finished: bool
+    loss: float | None
+    validation_nelbo: float | None
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens `every` steps happens after `step` steps."""
+    return every > 0 and step % every == 0
+
+
+def train(config: Config) -> Outcome:
+    """Train, or continue the run in config.run_dir from its newest whole checkpoint.
+
+    Every process of the run calls this. SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 end it after the step, with a checkpoint.
+
+    Raises:
+        ConfigError: data, run folder or number of processes do not fit; before anything is written.
+    """
+    config = resolve(config)
+    refuse_other_run(config)
+    stop = StopRequest()
+    engine = Engine(config)
+    try:
+        return _train(config, engine, stop)
+    finally:
+        engine.close()
+
+
+def resolve(config: Config) -> Config:
+    """`config` with what the prepared data decides filled in.
+
+    Raises:
+        ConfigError: the data's vocabulary is not the model's.
+    """
+    with TokenStream(config.data.path, seq_length=config.model.seq_length, global_batch=1) as stream:
+        vocab_size = stream.vocab_size
+    if config.model.vocab_size is None:
+        return with_values(config, model={"vocab_size": vocab_size})
+    if config.model.vocab_size != vocab_size:
+        raise ConfigError(
+            f"model.vocab_size = {config.model.vocab_size}: {config.data.path} has {vocab_size} tokens with the mask; "
+            "set it to that, or to null"
+        )
+    return config
+
+
+def refuse_other_run(config: Config) -> None:
+    """Raise ConfigError if the run folder holds a run that trains something else."""
+    file = config.run_dir / "config.yaml"
+    if not file.exists():
+        return
+    old, new = yaml.safe_load(file.read_text()), config.model_dump(mode="json")
+    changed = []
+    for section, value in new.items():
+        free = _FREE_TO_CHANGE.get(section, set())
+        if free is None or old.get(section) == value:
+            continue
+        if not isinstance(value, dict):
+            changed.append(f"{section}: was {old.get(section)!r}, now {value!r}")
+            continue
+        was = old.get(section, {})
+        changed += [
+            f"{section}.{key}: was {was.get(key)!r}, now {v!r}"
+            for key, v in value.items()
+            if key not in free and was.get(key) != v
+        ]
+    if changed:
+        raise ConfigError(
+            f"{config.run_dir} holds a run with other settings; choose another name, or restore these:\n"
+            + "\n".join(changed)
+        )
+
+
+def _train(config: Config, engine: Engine, stop: StopRequest) -> Outcome:
+    top, t = engine.topology, config.train
+    stream = TokenStream(
+        config.data.path,
+        seq_length=config.model.seq_length,
+        global_batch=t.global_batch_size,
+        data_rank=top.data_rank,
+        data_size=top.data_size,
+        seed=config.seed,
+        num_lanes=config.data.num_lanes,
+        shuffle_window=config.data.shuffle_window,
+    )
+    start = resume(config, engine, stream.fingerprint)
+    if engine.is_first_rank:
+        prepare_run_folder(config)
+    validation = Validation(config, engine) if config.evaluate.every_steps else None
+    metrics = Metrics(
+        config,
+        start,
+        active=engine.is_first_rank,
+        flops_per_step=flops_per_step(config),
+        peak=peak_flops(config, engine.device) * top.world_size,
+    )
+    capacity = mask_capacity(config.model.seq_length, config.objective.alpha_0)
+    num_micro_batches = t.global_batch_size // (t.micro_batch_size * top.data_size)
+    saved, loss, nelbo, step = start, None, None, start
+    with stream.prefetch(start, t.num_steps, config.data.prefetch_batches) as batches:
+        for step, batch in zip(itertools.count(start + 1), batches):  # noqa: B905
+            noised = draw_step(
+                batch.tokens,
+                batch.valid,
+                batch.rows,
+                config.objective,
+                mask_id=config.model.mask_id,
+                global_batch_size=t.global_batch_size,
+                num_micro_batches=num_micro_batches,
+                capacity=capacity,
+                key=(config.seed, step),
+            )
+            lr = learning_rate(step - 1, config.optim, t.num_steps)
+            result = engine.train_step(noised, lr)
+            loss = result.loss
+            if due(step, t.log_every_steps) or step in (start + 1, t.num_steps):
+                metrics.log(step, **vars(result), lr=lr)
+            if validation is not None and (due(step, config.evaluate.every_steps) or step == t.num_steps):
+                nelbo = validation.nelbo()
+                metrics.log_validation(step, validation_nelbo=nelbo, validation_perplexity=float(np.exp(nelbo)))
+            stopping = engine.any_rank(stop.signal is not None)
+            if due(step, config.checkpoint.every_steps) or step == t.num_steps or stopping:
+                save(config, engine, step, stream.fingerprint, {"loss": loss, "validation_nelbo": nelbo})
+                saved = step
+            if stopping:
+                break
+    metrics.close()
+    stream.close()
+    assert saved == step
+    return Outcome(step, step == t.num_steps, loss, nelbo)
+
+
+class Validation:
+    """The bound on held-out text: every sequence in both parts, the same noise each time, with averaged weights."""
+
+    def __init__(self, config: Config, engine: Engine):
+        self.config, self.engine = config, engine
+        self.data = ValidationSet(config.data.path, seq_length=config.model.seq_length)
+        self.count = min(config.evaluate.num_sequences, len(self.data))
+        if self.count == 0:
+            raise ConfigError(
+                f"data.path = {config.data.path}: has no validation tokens; prepare it with validation_fraction above 0, "
+                "or set evaluate.every_steps=0"
+            )
+
+    def nelbo(self) -> float:
+        """NELBO in nats per token, of both estimators' parts summed."""
+        top, size = self.engine.topology, self.config.train.micro_batch_size
+        together = self.config.parallel.pipeline_size  # micro-batches at once, so that no stage waits
+        sums, counts = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+        with self.engine.state.averaged_weights():
+            for first in range(0, self.count, size * top.data_size * together):
+                parts = [
+                    self._draw(first + (m * size + np.arange(size)) * top.data_size + top.data_rank)
+                    for m in range(together)
+                ]
+                share = Noised([p.micro_batches[0] for p in parts], sum(p.num_valid for p in parts))  # type: ignore[arg-type]
+                got, seen = self.engine.evaluate(share)
+                sums += got.cpu()
+                counts += seen.cpu()
+        return float(mean_loss(sums, counts))
+
+    def _draw(self, rows: np.ndarray) -> Noised:
+        batch = self.data.rows(np.minimum(rows, self.count - 1))
+        valid = batch.valid & (rows < self.count)[:, None]
+        return draw_validation(
+            batch.tokens,
+            valid,
+            rows,
+            self.count,
+            self.config.objective,
+            mask_id=self.config.model.mask_id,
+            key=(self.config.seed, "validation"),
+        )
+
+
+def prepare_run_folder(config: Config) -> None:
+    """Write what makes the run reproducible: the resolved configuration and the tokenizer."""
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    (config.run_dir / "config.yaml").write_text(dump(config))
+    tokenizer = Path(config.data.path) / "tokenizer"
+    if tokenizer.is_dir() and not (config.run_dir / "tokenizer").exists():
+        shutil.copytree(tokenizer, config.run_dir / "tokenizer")
+
+
+def resume(config: Config, engine: Engine, fingerprint: str) -> int:
+    """Load the newest whole checkpoint, if there is one; returns the steps already done.
+
+    Raises:
+        ConfigError: the checkpoint was trained on other data.
+    """
+    found = checkpoint.newest(config.run_dir, verify=engine.is_first_rank)
+    steps = engine.all_ranks(-1 if found is None else found.step)
+    if len(set(steps)) > 1:  # a damaged newest one is only noticed by the rank that verifies
+        found = checkpoint.Checkpoint.open(checkpoint.step_folder(config.run_dir, steps[0])) if steps[0] >= 0 else None
+    if found is None:
+        return 0
+    was = found.manifest["data_fingerprint"]
+    if was != fingerprint:
+        raise ConfigError(
+            f"data.path = {config.data.path}: is not what step {found.step} was trained on (fingerprint {was[:12]}, now "
+            f"{fingerprint[:12]}); restore the data, or start a run with another name"
+        )
+    engine.restore(found, tuple(found.kinds()), found.step)
+    return found.step
+
+
+def save(config: Config, engine: Engine, step: int, fingerprint: str, numbers: dict[str, Any]) -> None:
+    """Write a checkpoint together; it appears whole or not at all.
+
+    Raises:
+        OSError: on every rank, when any rank could not write; older checkpoints stay.
+    """
+    final = checkpoint.step_folder(config.run_dir, step)
+    if final.exists():
+        return
+    staging = checkpoint.staging_folder(config.run_dir, step)
+    error: Exception | None = None
+    try:
+        staging.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_rank(staging, engine.topology.rank, engine.pieces())
+    except OSError as problem:
+        error = problem
+    probe = engine.probe()
+    if not engine.any_rank(error is not None) and engine.is_first_rank:
+        manifest = {
+            "step": step,
+            "config": config.model_dump(mode="json"),
+            "topology": vars(engine.topology) | {"rank": None},
+            "data_fingerprint": fingerprint,
+            "versions": {"esolm_megatron": __version__, "torch": torch.__version__},
+            "numbers": numbers,
+        }
+        try:
+            checkpoint.commit(staging, final, manifest, engine.topology.world_size, probe)
+            checkpoint.prune(config.run_dir, config.checkpoint.keep_last)
+        except OSError as problem:
+            error = problem
+    if engine.any_rank(error is not None):
+        raise error or OSError(f"{final}: another rank could not write its part; see its log")
