@@ -6,17 +6,327 @@ them into norms, the attention output and the second MLP matrix changes logits b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
+from checkpoints_conversion.torch_zip import TorchZip, TorchZipError, child
 from esolm_megatron.config import ModelConfig
+from esolm_megatron.model.attention import PackedAttention, PackedLayout
+from esolm_megatron.model.pretrained import load_model, save_model
+
+PREFIX = "backbone."
+BUFFERS = ("rotary_emb.inv_freq",)
 
 
 class ForeignCheckpoint(ValueError):
     """A checkpoint that is not the reference's, or not one that this import knows."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What was read from a reference checkpoint; what it does not tell is None.
+
+    state: its own names without prefix, buffers left out. weights: "ema" or "last". algo: how it was trained.
+    """
+
+    state: dict[str, Tensor]
+    weights: str
+    num_heads: int | None = None
+    length: int | None = None
+    alpha_0: float | None = None
+    step: int | None = None
+    algo: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Imported:
+    """An inference folder made from a reference checkpoint.
+
+    alpha_0_known: False where neither the checkpoint nor the caller told it, and 1 (0 for AR checkpoints) was written.
+    """
+
+    folder: Path
+    model: ModelConfig
+    alpha_0: float
+    alpha_0_known: bool
+    weights: str
+    step: int | None
+
+
+def import_reference(
+    source: str | Path,
+    out: str | Path,
+    *,
+    num_heads: int | None = None,
+    length: int | None = None,
+    alpha_0: float | None = None,
+    use_ema: bool = True,
+    dtype: torch.dtype | None = None,
+    tokenizer_folder: str | Path | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Imported:
+    """Write the inference folder `out` from a reference `.ckpt`, or from a folder with model.safetensors and config.json.
+
+    num_heads, length, alpha_0: needed where the checkpoint does not tell them; they win over what it tells. use_ema: take
+    the moving average where there is one. dtype: stored type; None stores each tensor in the source's own type where that
+    is exact, and the folded ones in fp64, so that nothing is rounded. A `.ckpt` is read without executing its pickles.
+    The folder is loaded again and compared with what was folded before it gets its name.
+
+    Raises:
+        ForeignCheckpoint: it is damaged, not the reference's, or of a kind whose attention is not causal over an order.
+        PretrainedError: `out` exists.
+    """
+    path = Path(source)
+    read = _read_folder(path) if path.is_dir() else _read_ckpt(path, use_ema)
+    heads = _needed(num_heads, read.num_heads, "num_heads", path)
+    seq_length = _needed(length, read.length, "length", path)
+    _check_state(read.state, heads, path)
+    told = read.alpha_0 if alpha_0 is None else alpha_0
+    alpha = told if told is not None else (1.0 if _has_adaln(read.state) else 0.0)
+    if not 0 <= alpha <= 1:
+        raise ForeignCheckpoint(f"alpha_0 = {alpha}: must be between 0 and 1")
+    _check_algorithm(read.algo, alpha, path)
+    folded = fold({name: tensor.double() for name, tensor in read.state.items()}, heads)
+    for name, tensor in folded.items():
+        if not tensor.isfinite().all():
+            raise ForeignCheckpoint(f"{path}: {name} has values that are not finite")
+    narrow = read.state["vocab_embed.embedding"].dtype
+    dtypes = {name: dtype or _exact_dtype(tensor, narrow) for name, tensor in folded.items()}
+    facts = {
+        "imported_from": path.name,
+        "weights": read.weights,
+        "step": read.step,
+        "alpha_0_assumed": told is None or None,
+    }
+    model = model_config(read.state, heads, seq_length)
+    save_model(
+        out,
+        model,
+        alpha,
+        _reported(folded, progress),
+        dtype=dtypes,
+        facts={name: value for name, value in facts.items() if value is not None},
+        tokenizer_folder=tokenizer_folder,
+        check=lambda folder: _check_reload(folder, folded, dtypes),
+    )
+    return Imported(Path(out), model, alpha, told is not None, read.weights, read.step)
+
+
+def _needed(given: int | None, found: int | None, name: str, path: Path) -> int:
+    value = found if given is None else given
+    if value is None:
+        raise ForeignCheckpoint(f"{path}: does not tell {name}; give it as {name}=")
+    if value < 1:
+        raise ForeignCheckpoint(f"{path}: {name} = {value}: must be 1 or more; give it as {name}=")
+    return value
+
+
+def _reported(
+    folded: Mapping[str, Tensor], progress: Callable[[str, int, int], None] | None
+) -> Iterator[tuple[str, Tensor]]:
+    for number, (name, tensor) in enumerate(folded.items(), 1):
+        yield name, tensor
+        if progress is not None:
+            progress(name, number, len(folded))
+
+
+def _exact_dtype(tensor: Tensor, narrow: torch.dtype) -> torch.dtype:
+    """`narrow` where it holds the fp64 tensor exactly, else fp64."""
+    return narrow if torch.equal(tensor.to(narrow).double(), tensor) else torch.float64
+
+
+@torch.no_grad()
+def _check_reload(folder: Path, folded: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> None:
+    """Raise unless the folder gives back every tensor bit by bit and the network in it answers."""
+    model = load_model(folder, torch.float64)
+    for name, parameter in model.named_parameters():
+        if not torch.equal(parameter, folded[name].to(dtypes[name]).double()):
+            raise ForeignCheckpoint(f"{name}: the folder does not give back what was written")
+    size = min(model.shape.seq_length, 8)
+    tokens = torch.arange(size) % model.shape.vocab
+    logits = model(tokens, torch.arange(size), PackedAttention(PackedLayout(size, 1)))
+    if not logits[:, : model.shape.mask_id].isfinite().all():
+        raise ForeignCheckpoint("the imported network gives logits that are not finite")
+
+
+def _read_folder(folder: Path) -> Source:
+    """What a folder with model.safetensors and config.json holds."""
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    if not weights.is_file():
+        raise ForeignCheckpoint(f"{folder}: has no model.safetensors; give such a folder, or a .ckpt file")
+    if not config.is_file():
+        raise ForeignCheckpoint(f"{config}: missing; write one that gives at least n_heads and length")
+    try:
+        tree = json.loads(config.read_bytes())
+    except (ValueError, OSError) as error:
+        raise ForeignCheckpoint(f"{config}: cannot be read as JSON: {error}") from error
+    try:
+        state = load_file(weights)
+    except (SafetensorError, OSError) as error:
+        raise ForeignCheckpoint(f"{weights}: is no whole safetensors file: {error}; copy it again") from error
+    return Source(_without_prefix(state, weights), "last", **_told(tree))
+
+
+def _read_ckpt(path: Path, use_ema: bool) -> Source:
+    """What a Lightning checkpoint holds."""
+    if not path.is_file():
+        raise ForeignCheckpoint(f"{path}: no such file or folder")
+    try:
+        archive = TorchZip(path)
+        nodes = child(archive.tree, "state_dict")
+        if not isinstance(nodes, dict):
+            raise ForeignCheckpoint(f"{path}: has no state_dict; give a checkpoint that the reference's training wrote")
+        nodes = _without_prefix(nodes, path)
+        state = {name: archive.tensor(node, name) for name, node in nodes.items()}
+        shadow = child(archive.tree, "ema", "shadow_params") if use_ema else None
+        if shadow is not None:
+            state = _averaged(archive, state, shadow)
+        step = child(archive.tree, "global_step")
+        told = _told(child(archive.tree, "hyper_parameters"))
+    except TorchZipError as error:
+        raise ForeignCheckpoint(str(error)) from error
+    return Source(state, "last" if shadow is None else "ema", step=step if isinstance(step, int) else None, **told)
+
+
+def _averaged(archive: TorchZip, state: Mapping[str, Tensor], shadow: Any) -> dict[str, Tensor]:
+    """The moving average of `state`: a list in the order of the network's parameters, which is that of `state`."""
+    what = f"{archive.path}: ema.shadow_params"
+    if not isinstance(shadow, list) or len(shadow) != len(state):
+        found = len(shadow) if isinstance(shadow, list) else type(shadow).__name__
+        raise ForeignCheckpoint(
+            f"{what} has {found} tensors for {len(state)} parameters; use_ema=False imports without it"
+        )
+    out = {name: archive.tensor(node, f"ema of {name}") for name, node in zip(state, shadow, strict=True)}
+    for name, tensor in out.items():
+        if tensor.shape != state[name].shape:
+            raise ForeignCheckpoint(
+                f"{what} has {tuple(tensor.shape)} where {name} is {tuple(state[name].shape)}; use_ema=False imports without it"
+            )
+    return out
+
+
+def _without_prefix(state: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The network's entries under the reference's names, buffers left out, in their order."""
+    prefixed = any(str(name).startswith(PREFIX) for name in state)
+    own = {str(name): value for name, value in state.items() if not prefixed or str(name).startswith(PREFIX)}
+    out = {name.removeprefix(PREFIX): value for name, value in own.items()}
+    for name in BUFFERS:
+        out.pop(name, None)
+    if "vocab_embed.embedding" not in out:
+        found = sorted(out)[:3]
+        raise ForeignCheckpoint(
+            f"{path}: no tensor vocab_embed.embedding: not an Eso-LM reference checkpoint; found {found}"
+        )
+    return out
+
+
+def _told(tree: Any) -> dict[str, Any]:
+    """Heads, length, alpha_0 and algo as far as a configuration gives them: nested as in training, or flat as on the hub."""
+
+    def first(kind: type | tuple[type, ...], places: tuple[tuple[str, ...], ...], *names: str) -> Any:
+        for path in ((*place, name) for place in places for name in names):
+            value = child(tree, *path)
+            if isinstance(value, kind) and not isinstance(value, bool):
+                return value
+        return None
+
+    model, algo = (("config", "model"), ("model",), ()), (("config", "algo"), ("algo",), ())
+    alpha_0 = first((int, float), algo, "alpha_0")
+    names = ("diffusion_attn_mode", "sequential_attn_mode")
+    trained = {name: first(str, algo, name) for name in names} | {"name": first(str, algo[:2], "name")}
+    timed = any(child(tree, *place, "time_conditioning") is True for place in algo)
+    return {
+        "num_heads": first(int, model, "n_heads", "num_heads"),
+        "length": first(int, model, "length", "model_length", "seq_length"),
+        "alpha_0": None if alpha_0 is None else float(alpha_0),
+        "algo": {name: value for name, value in trained.items() if value is not None} | {"time_conditioning": timed},
+    }
+
+
+def _check_algorithm(algo: Mapping[str, Any], alpha_0: float, path: Path) -> None:
+    """Raise where the checkpoint says that it was trained as a function that the folded network does not compute."""
+    name = algo.get("name", "esolm")
+    if name not in ("esolm", "ar"):
+        raise ForeignCheckpoint(
+            f"{path}: algo.name = {name}: only esolm and ar attend causally; this one cannot be imported"
+        )
+    if algo.get("time_conditioning"):
+        raise ForeignCheckpoint(f"{path}: time_conditioning = true: its adaLN is no constant and cannot be folded")
+    for mode, used in (("diffusion_attn_mode", alpha_0 > 0), ("sequential_attn_mode", alpha_0 < 1)):
+        if name == "esolm" and used and algo.get(mode, "causal") != "causal":
+            raise ForeignCheckpoint(f"{path}: {mode} = {algo[mode]}: only causal attention can be imported")
+
+
+def _has_adaln(state: Mapping[str, Tensor]) -> bool:
+    return "sigma_map.mlp.0.weight" in state
+
+
+def _check_state(state: Mapping[str, Tensor], num_heads: int, path: Path) -> None:
+    """Raise unless names and shapes are exactly those of the reference's network."""
+    vocab, width = _matrix(state, "vocab_embed.embedding", path)
+    if width % (2 * num_heads):
+        raise ForeignCheckpoint(
+            f"{path}: num_heads = {num_heads}: must divide half the width {width}; give it as num_heads="
+        )
+    expected: dict[str, tuple[int, ...]] = {
+        "vocab_embed.embedding": (vocab, width),
+        "output_layer.norm_final.weight": (width,),
+        "output_layer.linear.weight": (vocab, width),
+        "output_layer.linear.bias": (vocab,),
+    }
+    blocks = [f"blocks.{layer}" for layer in range(num_layers(state))]
+    ffn = _matrix(state, "blocks.0.mlp.0.weight", path)[0]
+    for block in blocks:
+        expected |= {f"{block}.{name}": shape for name, shape in _block_shapes(width, ffn).items()}
+    if _has_adaln(state):
+        condition, frequencies = _matrix(state, "sigma_map.mlp.0.weight", path)
+        expected |= {"sigma_map.mlp.0.weight": (condition, frequencies), "sigma_map.mlp.0.bias": (condition,)}
+        expected |= {"sigma_map.mlp.2.weight": (condition, condition), "sigma_map.mlp.2.bias": (condition,)}
+        for owner, count in [(block, 6) for block in blocks] + [("output_layer", 2)]:
+            expected[f"{owner}.adaLN_modulation.weight"] = (count * width, condition)
+            expected[f"{owner}.adaLN_modulation.bias"] = (count * width,)
+    for name, shape in expected.items():
+        if name not in state:
+            raise ForeignCheckpoint(f"{path}: tensor {name} is missing: not the reference's network, or not all of it")
+        found = tuple(state[name].shape)
+        if found != shape or not state[name].is_floating_point():
+            raise ForeignCheckpoint(
+                f"{path}: {name} is {state[name].dtype} {found}, the reference's network needs {shape}"
+            )
+    extra = [name for name in state if name not in expected]
+    if extra:
+        raise ForeignCheckpoint(
+            f"{path}: {extra[0]} is no tensor of the reference's network; this kind cannot be imported"
+        )
+
+
+def _matrix(state: Mapping[str, Tensor], name: str, path: Path) -> tuple[int, int]:
+    if name not in state or state[name].dim() != 2:
+        found = f"has shape {tuple(state[name].shape)}" if name in state else "is missing"
+        raise ForeignCheckpoint(f"{path}: the matrix {name} {found}: not the reference's network, or not all of it")
+    return state[name].shape[0], state[name].shape[1]
+
+
+def _block_shapes(width: int, ffn: int) -> dict[str, tuple[int, ...]]:
+    return {
+        "norm1.weight": (width,),
+        "attn_qkv.weight": (3 * width, width),
+        "attn_out.weight": (width, width),
+        "norm2.weight": (width,),
+        "mlp.0.weight": (ffn, width),
+        "mlp.0.bias": (ffn,),
+        "mlp.2.weight": (width, ffn),
+        "mlp.2.bias": (width,),
+    }
 
 
 def adaln_constants(state: Mapping[str, Tensor]) -> Tensor:
@@ -52,7 +362,8 @@ def fold(state: Mapping[str, Tensor], num_heads: int) -> dict[str, Tensor]:
 
 def num_layers(state: Mapping[str, Tensor]) -> int:
     """Blocks in a reference state dict."""
-    return 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    numbers = (name.split(".")[1] for name in state if name.startswith("blocks."))
+    return 1 + max((int(number) for number in numbers if number.isdecimal()), default=0)
 
 
 def _modulation(
@@ -70,9 +381,7 @@ def _folded_block(
 ) -> dict[str, Tensor]:
     theirs, ours = f"blocks.{layer}.", f"layers.{layer}."
     norm1, norm2 = state[theirs + "norm1.weight"], state[theirs + "norm2.weight"]
-    shift1, scale1, gate1, shift2, scale2, gate2 = _modulation(
-        state, theirs + "adaLN_modulation", condition, 6, norm1
-    )
+    shift1, scale1, gate1, shift2, scale2, gate2 = _modulation(state, theirs + "adaLN_modulation", condition, 6, norm1)
     qkv = state[theirs + "attn_qkv.weight"]
     width = qkv.shape[1]
     by_head = qkv.view(3, num_heads, width // num_heads, width).transpose(0, 1)

@@ -116,7 +116,8 @@ class TorchZip:
             raise TorchZipError(f"{self.path}: cannot be read: {error}") from error
         except zipfile.BadZipFile as error:
             raise TorchZipError(
-                f"{self.path}: is no whole torch.save archive: {error}; copy it again (files of torch before 1.6 must be saved anew)"
+                f"{self.path}: is no whole torch.save archive: {error}; copy it again "
+                "(what torch before 1.6 wrote must be saved anew)"
             ) from error
         except Exception as error:  # what a broken or hostile pickle raises has no bounds
             raise TorchZipError(

@@ -170,7 +170,7 @@ def _check_piece(piece: Piece) -> None:
         )
     if not len(shape) == len(piece.offset) == len(piece.whole_shape):
         raise CheckpointError(
-            f"{what}: shape {shape}, offset {piece.offset} and whole shape {piece.whole_shape} differ in length"
+            f"{what}: shape {shape}, offset {piece.offset}, whole {piece.whole_shape} differ in length"
         )
     for size, start, whole in zip(shape, piece.offset, piece.whole_shape, strict=True):
         if start < 0 or start + size > whole:
@@ -280,8 +280,9 @@ def _add_boxes(index: dict[str, _Indexed], listing: Mapping[str, Any]) -> None:
 
 def _bounds(boxes: Sequence[_Box]) -> tuple[np.ndarray, np.ndarray]:
     """First and one-past-last indices of each box, (boxes, dimensions)."""
-    starts = np.array([box.offset for box in boxes], np.int64).reshape(len(boxes), -1)
-    return starts, starts + np.array([box.shape for box in boxes], np.int64).reshape(len(boxes), -1)
+    size = (len(boxes), len(boxes[0].shape))
+    starts = np.array([box.offset for box in boxes], np.int64).reshape(size)
+    return starts, starts + np.array([box.shape for box in boxes], np.int64).reshape(size)
 
 
 def _check_cover(name: str, whole: tuple[int, ...], boxes: Sequence[_Box]) -> None:
@@ -289,13 +290,14 @@ def _check_cover(name: str, whole: tuple[int, ...], boxes: Sequence[_Box]) -> No
     starts, ends = _bounds(boxes)
     for first in range(0, len(boxes), 256):
         rows = slice(first, first + 256)
-        meet = ((starts[rows, None] < ends[None]) & (ends[rows, None] > starts[None])).all(-1)
+        meet: np.ndarray = np.all((starts[rows, None] < ends[None]) & (ends[rows, None] > starts[None]), axis=-1)
         meet[np.arange(len(meet)), first + np.arange(len(meet))] = False
         if meet.any():
             i, j = (int(n) for n in np.argwhere(meet)[0])
             a, b = boxes[first + i], boxes[j]
             raise CheckpointError(
-                f"{name}: overlap of the box of {a.shape} at {a.offset} in {a.file} and that of {b.shape} at {b.offset} in {b.file}"
+                f"{name}: overlap of the box of {a.shape} at {a.offset} in {a.file} "
+                f"and that of {b.shape} at {b.offset} in {b.file}"
             )
     held, wanted = int((ends - starts).prod(-1).sum()), math.prod(whole)
     if held != wanted:

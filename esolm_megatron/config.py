@@ -6,7 +6,10 @@ Every problem in a file is reported in one go, with its dotted path, the value f
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import yaml
@@ -248,104 +251,89 @@ class Config(Section):
         return Path(self.runs_dir) / self.name
 
 
-def _model_problems(c: Any) -> list[str]:
-    m, out = c.model, []
+def _model_problems(c: Any) -> Iterator[str]:
+    m = c.model
     if m.hidden_size % m.num_heads:
-        out.append(f"model.num_heads = {m.num_heads}: must divide model.hidden_size = {m.hidden_size}")
+        yield f"model.num_heads = {m.num_heads}: must divide model.hidden_size = {m.hidden_size}"
     elif m.head_dim % 2:
-        out.append(f"model.num_heads = {m.num_heads}: makes heads {m.head_dim} wide, but RoPE needs an even width")
+        yield f"model.num_heads = {m.num_heads}: makes heads {m.head_dim} wide, but RoPE needs an even width"
     if m.num_heads % m.kv_heads:
-        out.append(f"model.num_kv_heads = {m.kv_heads}: must divide model.num_heads = {m.num_heads}")
+        yield f"model.num_kv_heads = {m.kv_heads}: must divide model.num_heads = {m.num_heads}"
     if m.tied_embeddings and m.output_bias:
-        out.append("model.output_bias = true: a tied head has no bias; set model.output_bias=false")
-    return out
+        yield "model.output_bias = true: a tied head has no bias; set model.output_bias=false"
 
 
-def _objective_problems(c: Any) -> list[str]:
-    o, out = c.objective, []
+def _objective_problems(c: Any) -> Iterator[str]:
+    o = c.objective
     if o.alpha_0 == 1 and o.fraction < 1:
-        out.append(f"objective.diffusion_fraction = {o.fraction}: alpha_0 = 1 has no sequential part; set it to 1 or null")
+        yield f"objective.diffusion_fraction = {o.fraction}: alpha_0 = 1 has no sequential part; set it to 1 or null"
     if o.alpha_0 == 0 and o.fraction > 0:
-        out.append(f"objective.diffusion_fraction = {o.fraction}: alpha_0 = 0 has no diffusion part; set it to 0 or null")
+        yield f"objective.diffusion_fraction = {o.fraction}: alpha_0 = 0 has no diffusion part; set it to 0 or null"
     if 0 < o.alpha_0 < 1 and o.fraction in (0.0, 1.0):
-        out.append(
-            f"objective.diffusion_fraction = {o.fraction}: alpha_0 = {o.alpha_0} needs both losses; set it to 0.5 or null"
-        )
+        yield f"objective.diffusion_fraction = {o.fraction}: alpha_0 = {o.alpha_0} needs both losses; set it to 0.5 or null"
     if o.diffusion_loss == "low_var" and o.alpha_0 < 1:
-        out.append(
-            f"objective.diffusion_loss = low_var: unweighted it is no bound for alpha_0 = {o.alpha_0} < 1; use elbo or any_order"
-        )
-    return out
+        yield f"objective.diffusion_loss = low_var: unweighted it is no bound for alpha_0 = {o.alpha_0} < 1; use elbo or any_order"
 
 
-def _batch_problems(c: Any) -> list[str]:
-    t, o, out = c.train, c.objective, []
+def _batch_problems(c: Any) -> Iterator[str]:
+    t = c.train
     if t.global_batch_size % t.micro_batch_size:
-        out.append(
-            f"train.global_batch_size = {t.global_batch_size}: must be a multiple of train.micro_batch_size = {t.micro_batch_size}"
-        )
+        yield f"train.global_batch_size = {t.global_batch_size}: must be a multiple of micro_batch_size = {t.micro_batch_size}"
+    o = c.objective
     rows = t.micro_batch_size * o.fraction
     if abs(rows - round(rows)) > 1e-9:
-        out.append(
+        yield (
             f"train.micro_batch_size = {t.micro_batch_size}: times objective.diffusion_fraction = {o.fraction} must be a whole "
             f"number of sequences; use a multiple of {_denominator(o.fraction)}"
         )
-    return out
 
 
 def _denominator(fraction: float) -> int:
     return next((n for n in range(1, 1025) if abs(fraction * n - round(fraction * n)) < 1e-9), 1024)
 
 
-def _parallel_problems(c: Any) -> list[str]:
-    m, p, t, out = c.model, c.parallel, c.train, []
+_FREED = "parallel.deallocate_pipeline_outputs = true: interleaved over gloo it sends freed memory; set it to false"
+
+
+def _parallel_problems(c: Any) -> Iterator[str]:
+    m, p, t = c.model, c.parallel, c.train
     tp, pp, vp = p.tensor_size, p.pipeline_size, p.virtual_pipeline_size
-    for name, value in (("num_heads", m.num_heads), ("num_kv_heads", m.kv_heads), ("ffn_hidden_size", m.ffn_size)):
-        if value % tp:
-            out.append(f"parallel.tensor_size = {tp}: must divide model.{name} = {value}")
+    for name, value in (("num_heads", m.num_heads), ("num_kv_heads", m.num_kv_heads), ("ffn_hidden_size", m.ffn_size)):
+        if value is not None and value % tp:
+            yield f"parallel.tensor_size = {tp}: must divide model.{name} = {value}"
     if m.num_layers % (pp * vp):
-        out.append(
-            f"model.num_layers = {m.num_layers}: must be a multiple of parallel.pipeline_size x virtual_pipeline_size = {pp} x {vp}"
-        )
+        yield f"model.num_layers = {m.num_layers}: must be a multiple of pipeline_size x virtual_pipeline_size = {pp} x {vp}"
     if vp > 1 and pp == 1:
-        out.append(f"parallel.virtual_pipeline_size = {vp}: needs parallel.pipeline_size of 2 or more; set it to 1")
+        yield f"parallel.virtual_pipeline_size = {vp}: needs parallel.pipeline_size of 2 or more; set it to 1"
     if p.sequence_parallel and tp == 1:
-        out.append("parallel.sequence_parallel = true: needs parallel.tensor_size of 2 or more; set it to false")
+        yield "parallel.sequence_parallel = true: needs parallel.tensor_size of 2 or more; set it to false"
     if p.sequence_parallel and m.seq_length % tp:
-        out.append(
-            f"model.seq_length = {m.seq_length}: sequence parallelism needs a multiple of parallel.tensor_size = {tp}"
-        )
+        yield f"model.seq_length = {m.seq_length}: sequence parallelism needs a multiple of parallel.tensor_size = {tp}"
     if p.zero_stage >= 2 and pp > 1:
-        out.append(
-            f"parallel.zero_stage = {p.zero_stage}: with pipeline stages it hangs (3) or corrupts gradients (2); use zero_stage=1"
-        )
+        yield f"parallel.zero_stage = {p.zero_stage}: with pipeline stages it hangs (3) or corrupts gradients (2); use zero_stage=1"
     elif p.zero_stage != 1:
-        out.append(f"parallel.zero_stage = {p.zero_stage}: only stage 1 is built so far; use zero_stage=1")
+        yield f"parallel.zero_stage = {p.zero_stage}: only stage 1 is built so far; use zero_stage=1"
     if vp > 1 and p.batch_p2p_comm and pp == 2:
-        out.append(
+        yield (
             "parallel.batch_p2p_comm = true: with 2 interleaved stages the two peers are one rank and messages are swapped "
             "in silence; set it to false or null"
         )
     if vp > 1 and p.deallocate_pipeline_outputs and t.device == "cpu":
-        out.append(
-            "parallel.deallocate_pipeline_outputs = true: interleaved over gloo it sends freed memory; set it to false"
-        )
+        yield _FREED
     micro_batches = t.global_batch_size // t.micro_batch_size
     if vp > 1 and micro_batches % pp:
-        out.append(
+        yield (
             f"train.global_batch_size = {t.global_batch_size}: interleaving needs a number of micro-batches per rank that is "
             f"a multiple of parallel.pipeline_size = {pp}, found {micro_batches}"
         )
-    return out
 
 
-def _schedule_problems(c: Any) -> list[str]:
-    o, t, out = c.optim, c.train, []
+def _schedule_problems(c: Any) -> Iterator[str]:
+    o, t = c.optim, c.train
     if o.schedule == "wsd" and not 0 < o.decay_steps <= t.num_steps:
-        out.append(f"optim.decay_steps = {o.decay_steps}: wsd needs between 1 and train.num_steps = {t.num_steps}")
+        yield f"optim.decay_steps = {o.decay_steps}: wsd needs between 1 and train.num_steps = {t.num_steps}"
     if o.schedule != "constant" and o.warmup_steps >= t.num_steps:
-        out.append(f"optim.warmup_steps = {o.warmup_steps}: must be below train.num_steps = {t.num_steps}")
-    return out
+        yield f"optim.warmup_steps = {o.warmup_steps}: must be below train.num_steps = {t.num_steps}"
 
 
 _CHECKS = (_model_problems, _objective_problems, _batch_problems, _parallel_problems, _schedule_problems)
@@ -373,17 +361,8 @@ def world_problems(config: Config, world_size: int, device: str) -> list[str]:
             f"but interleaving needs a multiple of parallel.pipeline_size = {p.pipeline_size}"
         )
     if device == "cpu" and p.virtual_pipeline_size > 1 and p.deallocate_pipeline_outputs:
-        out.append(
-            "parallel.deallocate_pipeline_outputs = true: interleaved over gloo it sends freed memory; set it to false"
-        )
+        out.append(_FREED)
     return out
-
-
-class _Loose:
-    """A tree that holds only the fields that are valid, so that the checks of other fields still run."""
-
-    def __init__(self, sections: dict[str, Section]):
-        self.__dict__.update(sections)
 
 
 def _field_problems(error: ValidationError) -> list[tuple[tuple[str, ...], str]]:
@@ -446,12 +425,10 @@ def check(tree: dict[str, Any]) -> Config:
         config = Config.model_validate(tree)
     except ValidationError as error:
         problems += [text for _, text in _field_problems(error)]
-    loose = config or _Loose(_valid_sections(tree))
+    loose = config or SimpleNamespace(**_valid_sections(tree))  # the checks of other fields still run
     for find in _CHECKS:
-        try:
-            problems += find(loose)
-        except AttributeError:  # a section that this check needs is itself broken, and already reported
-            continue
+        with suppress(AttributeError):  # a section that this check goes on to is itself broken, and already reported
+            problems.extend(find(loose))
     if problems or config is None:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
     return config

@@ -83,6 +83,7 @@ def evaluate(
     for name, count in (("orders", orders), ("batch_size", batch_size)):
         if count < 1:
             raise ValueError(f"{name} = {count}: must be at least 1")
+    orders = orders if objective.alpha_0 > 0 else 1  # all orders are the same one
     tokens, valid = _all_rows(batches, model.shape.mask_id)
     chunks = [slice(i, i + batch_size) for i in range(0, len(tokens), batch_size)]
     counts = valid.sum(1).astype(np.float64)
@@ -90,7 +91,7 @@ def evaluate(
     log_p = torch.cat([_order_log_p(model, tokens, valid, rows, objective.alpha_0, orders, seed) for rows in chunks], 1)
     tight = -importance_weighted(log_p).numpy()
     loose = -log_p.mean(0).numpy()
-    each = "each position once" if objective.alpha_0 == 0 else f"{orders} order{'s' if orders > 1 else ''} a sequence"
+    each = "left to right" if objective.alpha_0 == 0 else f"{orders} order{'s' if orders > 1 else ''} a sequence"
     return Evaluation(
         alpha_0=objective.alpha_0,
         num_sequences=len(tokens),

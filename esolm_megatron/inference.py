@@ -39,11 +39,11 @@ class PretrainedEsoLM:
         """The folder's tokenizer, read when first used.
 
         Raises:
-            ValueError: the folder has no tokenizer.json.
+            ValueError: there is no folder, or no tokenizer in it.
         """
-        if self.folder is None or not (self.folder / "tokenizer.json").is_file():
-            raise ValueError(f"{self.folder}: has no tokenizer.json; put the one the model was trained with there")
-        return load_tokenizer(self.folder / "tokenizer.json")
+        if self.folder is None:
+            raise ValueError("tokenizer: this model was not loaded from a folder; use load_pretrained(folder)")
+        return load_tokenizer(self.folder.resolve())
 
     def log_likelihood(self, tokens: Tensor, order: Tensor, scored: Tensor | None = None) -> Tensor:
         """log p(tokens | order) of each row, one token a step: (B,), exact, with gradients, on the model's device.

@@ -158,9 +158,8 @@ def draw_tokens(logits: Tensor, raw: Tensor, temperature: float = 1.0, top_p: fl
     total = weights.sum((1, 2), dtype=torch.float64)
     tokens = _nucleus(weights, raw, total * top_p) if top_p < 1 else _inverse_cdf(weights, raw)
     tokens.clamp_(max=vocab - 1)  # only logits that are no numbers get there
-    if temperature == 1:
-        normaliser = (highest[:, 0].double() + total.log()).to(logits.dtype)
-    else:
+    normaliser = (highest[:, 0].double() + total.log()).to(logits.dtype)
+    if temperature != 1:
         normaliser = logits.logsumexp(-1)
     return tokens, logits.gather(1, tokens[:, None])[:, 0] - normaliser
 

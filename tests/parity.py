@@ -8,8 +8,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from checkpoints_conversion.reference import fold, model_config
+from esolm_megatron.config import ModelConfig
 from esolm_megatron.model.layers import PlainLinears
-from esolm_megatron.model.transformer import EsoLM
+from esolm_megatron.model.transformer import EsoLM, initialise
 from esolm_megatron.objective.esolm import OrderedRows
 
 FULL = Path(__file__).parents[2] / "shared" / "fixtures" / "official"
@@ -58,6 +59,26 @@ class Reference:
         names = [k for k, v in self.weights.items() if v.requires_grad]
         grads = torch.autograd.grad(loss, [self.weights[k] for k in names], allow_unused=True, retain_graph=True)
         return {k: torch.zeros_like(self.weights[k]) if g is None else g for k, g in zip(names, grads, strict=True)}
+
+
+MODERN = {
+    "norm": "rmsnorm", "activation": "swiglu", "mlp_bias": False, "output_bias": False, "tied_embeddings": True,
+    "qk_norm": True, "num_heads": 6, "num_kv_heads": 3,
+}  # fmt: skip
+"""The shape of today's models, for `random_model`."""
+
+
+@torch.no_grad()
+def random_model(dtype=torch.float64, seed=0, spread=1.0, **shape):
+    """A small model with large random weights in every tensor, so that its predictions are far from uniform."""
+    defaults = {"num_layers": 2, "hidden_size": 36, "num_heads": 3, "vocab_size": 23, "seq_length": 13}
+    model = EsoLM(ModelConfig(**{**defaults, **shape}), PlainLinears(dtype))
+    initialise(model, seed)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.add_(noise.to(dtype), alpha=spread / parameter.shape[-1] ** 0.5)
+    return model
 
 
 def rows_of(case, part, valid):

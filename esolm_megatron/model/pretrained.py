@@ -1,8 +1,7 @@
 """The inference folder: one model's weights, shape and tokenizer, written whole or not at all.
 
-FOLDER/model.safetensors   every parameter under its name in the network
-FOLDER/config.json         flat: the fields of ModelConfig, alpha_0, and facts about the training
-FOLDER/tokenizer.json      (or the files of another tokenizer)
+model.safetensors holds every parameter under its name in the network; config.json, flat, the fields of ModelConfig, alpha_0
+and facts about the training; beside them lie the tokenizer's files.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -20,10 +21,15 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # megatron-core overlaps communication by launch order
 
-import deepspeed
-import megatron.core.parallel_state as ps
-from megatron.core.pipeline_parallel import schedules
+with warnings.catch_warnings():  # each names Apex and Transformer Engine as missing; esolm doctor says it once, with the cost
+    warnings.simplefilter("ignore")
+    import deepspeed
+    import megatron.core.parallel_state as ps
+    from megatron.core.optimizer import clip_grads  # noqa: F401
+    from megatron.core.pipeline_parallel import schedules
+    from megatron.core.transformer import transformer_config  # noqa: F401
 
+warnings.filterwarnings("ignore", message=".*is deprecated. Please use .torch.distributed", category=FutureWarning)
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 

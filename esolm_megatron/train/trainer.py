@@ -12,28 +12,16 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from esolm_megatron import __version__, checkpoint
-from esolm_megatron.config import Config, ConfigError, dump, with_values
+from esolm_megatron.config import Config, ConfigError, dump
 from esolm_megatron.data.stream import TokenStream, ValidationSet
 from esolm_megatron.model.size import flops_per_step
 from esolm_megatron.objective.esolm import Noised, draw_step, draw_validation, mask_capacity, mean_loss
 from esolm_megatron.parallel.engine import Engine
+from esolm_megatron.train import preflight
 from esolm_megatron.train.metrics import Metrics, peak_flops
 from esolm_megatron.train.schedule import learning_rate
-
-_FREE_TO_CHANGE = {
-    "runs_dir": None,
-    "train": {"num_steps", "micro_batch_size", "log_every_steps", "device", "peak_tflops"},
-    "parallel": None,
-    "evaluate": None,
-    "checkpoint": None,
-    "log": None,
-    "data": {"path", "prefetch_batches"},
-}
-"""What a resumed run may change: it alters speed, length or reports, not what is trained."""
-
 
 class StopRequest:
     """Remembers that a signal asked the run to stop; a second one ends the process at once."""
@@ -72,59 +60,14 @@ def train(config: Config) -> Outcome:
     Raises:
         ConfigError: data, run folder or number of processes do not fit; before anything is written.
     """
-    config = resolve(config)
-    refuse_other_run(config)
+    config = preflight.resolve(config)
+    preflight.refuse_other_run(config)
     stop = StopRequest()
     engine = Engine(config)
     try:
         return _train(config, engine, stop)
     finally:
         engine.close()
-
-
-def resolve(config: Config) -> Config:
-    """`config` with what the prepared data decides filled in.
-
-    Raises:
-        ConfigError: the data's vocabulary is not the model's.
-    """
-    with TokenStream(config.data.path, seq_length=config.model.seq_length, global_batch=1) as stream:
-        vocab_size = stream.vocab_size
-    if config.model.vocab_size is None:
-        return with_values(config, model={"vocab_size": vocab_size})
-    if config.model.vocab_size != vocab_size:
-        raise ConfigError(
-            f"model.vocab_size = {config.model.vocab_size}: {config.data.path} has {vocab_size} tokens with the mask; "
-            "set it to that, or to null"
-        )
-    return config
-
-
-def refuse_other_run(config: Config) -> None:
-    """Raise ConfigError if the run folder holds a run that trains something else."""
-    file = config.run_dir / "config.yaml"
-    if not file.exists():
-        return
-    old, new = yaml.safe_load(file.read_text()), config.model_dump(mode="json")
-    changed = []
-    for section, value in new.items():
-        free = _FREE_TO_CHANGE.get(section, set())
-        if free is None or old.get(section) == value:
-            continue
-        if not isinstance(value, dict):
-            changed.append(f"{section}: was {old.get(section)!r}, now {value!r}")
-            continue
-        was = old.get(section, {})
-        changed += [
-            f"{section}.{key}: was {was.get(key)!r}, now {v!r}"
-            for key, v in value.items()
-            if key not in free and was.get(key) != v
-        ]
-    if changed:
-        raise ConfigError(
-            f"{config.run_dir} holds a run with other settings; choose another name, or restore these:\n"
-            + "\n".join(changed)
-        )
 
 
 def _train(config: Config, engine: Engine, stop: StopRequest) -> Outcome:

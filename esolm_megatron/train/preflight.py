@@ -1,0 +1,74 @@
+"""What can be refused before any process starts or any file is written. No torch."""
+
+from __future__ import annotations
+
+import yaml
+
+from esolm_megatron.config import Config, ConfigError, with_values, world_problems
+from esolm_megatron.data.stream import TokenStream
+
+_FREE_TO_CHANGE = {
+    "runs_dir": None,
+    "train": {"num_steps", "micro_batch_size", "log_every_steps", "device", "peak_tflops"},
+    "parallel": None,
+    "evaluate": None,
+    "checkpoint": None,
+    "log": None,
+    "data": {"path", "prefetch_batches"},
+}
+"""What a resumed run may change: it alters speed, length or reports, not what is trained."""
+
+
+def resolve(config: Config) -> Config:
+    """`config` with what the prepared data decides filled in.
+
+    Raises:
+        ConfigError: the data's vocabulary is not the model's.
+    """
+    stream = TokenStream(config.data.path, seq_length=config.model.seq_length, global_batch=1)
+    vocab_size = stream.vocab_size
+    stream.close()
+    if config.model.vocab_size is None:
+        return with_values(config, model={"vocab_size": vocab_size})
+    if config.model.vocab_size != vocab_size:
+        raise ConfigError(
+            f"model.vocab_size = {config.model.vocab_size}: {config.data.path} has {vocab_size} tokens with the mask; "
+            "set it to that, or to null"
+        )
+    return config
+
+
+def refuse_other_run(config: Config) -> None:
+    """Raise ConfigError if the run folder holds a run that trains something else."""
+    file = config.run_dir / "config.yaml"
+    if not file.exists():
+        return
+    old, new = yaml.safe_load(file.read_text()), config.model_dump(mode="json")
+    changed = []
+    for section, value in new.items():
+        free = _FREE_TO_CHANGE.get(section, set())
+        if free is None or old.get(section) == value:
+            continue
+        if not isinstance(value, dict):
+            changed.append(f"{section}: was {old.get(section)!r}, now {value!r}")
+            continue
+        was = old.get(section, {})
+        changed += [
+            f"{section}.{key}: was {was.get(key)!r}, now {v!r}"
+            for key, v in value.items()
+            if key not in free and was.get(key) != v
+        ]
+    if changed:
+        raise ConfigError(
+            f"{config.run_dir} holds a run with other settings; choose another name, or restore these:\n"
+            + "\n".join(changed)
+        )
+
+
+def check_run(config: Config, world_size: int) -> None:
+    """Raise ConfigError if `config` cannot run, or continue, on `world_size` processes."""
+    config = resolve(config)
+    refuse_other_run(config)
+    problems = world_problems(config, world_size, config.train.device)
+    if problems:
+        raise ConfigError("\n".join(problems))

@@ -1,0 +1,170 @@
+"""Evaluation: each number against the definition it carries the name of."""
+
+import io
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from parity import MODERN, random_model
+from rich.console import Console
+
+from esolm_megatron.config import ObjectiveConfig
+from esolm_megatron.evaluate import as_dict, evaluate, table, unigram_entropy
+from esolm_megatron.model.attention import PackedAttention
+from esolm_megatron.objective.esolm import draw_validation, mean_loss, part_sums
+from esolm_megatron.objective.likelihood import log_likelihood
+
+NAMES = ("nelbo", "any_order", "importance_weighted")
+
+
+def random_batches(rows=7, length=13, padding=0, vocab=22, seed=0):
+    """Batches of 3 rows; the first two rows end in padding, whose ids are out of the vocabulary."""
+    rng = np.random.default_rng(seed)
+    tokens, valid = rng.integers(0, vocab, (rows, length)), np.ones((rows, length), bool)
+    for row in range(2 if padding else 0):
+        valid[row, length - padding - row :] = False
+    tokens[~valid] = 10**6
+    return [(tokens[i : i + 3], valid[i : i + 3]) for i in range(0, rows, 3)]
+
+
+def joined(batches):
+    return tuple(np.concatenate(x) for x in zip(*batches, strict=True))
+
+
+@pytest.mark.parametrize("padding", [0, 4])
+@pytest.mark.parametrize("alpha_0", [0.0, 0.3, 1.0])
+def test_nelbo_is_the_training_loss_of_both_parts_on_every_row(alpha_0, padding):
+    model, objective = random_model(**MODERN), ObjectiveConfig(alpha_0=alpha_0)
+    tokens, valid = joined(random_batches(padding=padding))
+    noised = draw_validation(
+        np.where(valid, tokens, 3), valid, np.arange(7), 7, objective, mask_id=22, key=(5, "evaluate")
+    )
+    batch = noised.micro_batches[0]
+    losses = model(
+        batch.tokens, batch.positions, PackedAttention(batch.layout), places=batch.places, targets=batch.targets
+    )
+    expected = mean_loss(part_sums(losses, batch), noised.num_valid).item()
+    for batch_size in (1, 2, 7, 50):
+        found = evaluate(model, random_batches(padding=padding), objective, seed=5, batch_size=batch_size)
+        assert found.nelbo.nats_per_token == pytest.approx(expected, rel=1e-12)
+        assert found.diffusion_part + found.sequential_part == pytest.approx(expected, rel=1e-12)
+        assert (found.diffusion_part > 0, found.sequential_part > 0) == (alpha_0 > 0, alpha_0 < 1)
+        assert found.num_tokens == valid.sum()
+        assert found.num_sequences == 7
+    assert evaluate(model, random_batches(padding=padding), objective, seed=6).nelbo != found.nelbo or alpha_0 == 0
+
+
+def test_alpha_0_of_zero_is_the_exact_left_to_right_likelihood():
+    model = random_model()
+    tokens, valid = joined(random_batches(padding=4))
+    exact = 0.0
+    for row in range(7):  # each row alone, cut where its padding starts
+        x = torch.from_numpy(tokens[row, valid[row]])[None]
+        exact -= log_likelihood(model, x, torch.arange(x.shape[1])[None]).item()
+    found = evaluate(model, random_batches(padding=4), ObjectiveConfig(alpha_0=0), orders=3)
+    for estimate in found.estimates.values():
+        assert estimate.nats_per_token == pytest.approx(exact / valid.sum(), rel=1e-12)
+        assert estimate.perplexity == pytest.approx(math.exp(exact / valid.sum()), rel=1e-12)
+        assert "left to right" in estimate.estimator
+
+
+def test_any_order_and_importance_weighted_reach_their_exact_values():
+    """One short row many times over: all of its orders are enumerated."""
+    model = random_model(vocab_size=5, seq_length=3)
+    row = torch.tensor([[2, 0, 3]])
+    orders = torch.tensor(list(itertools.permutations(range(3))))
+    log_p = log_likelihood(model, row.expand(6, -1), orders).detach()
+    assert log_p.std() > 0.1, "the orders must differ"
+    batches = [(row.expand(400, -1).numpy(), np.ones((400, 3), bool))]
+    objective = ObjectiveConfig(alpha_0=1)
+    one = evaluate(model, batches, objective, orders=1, batch_size=400)
+    many = evaluate(model, batches, objective, orders=60, batch_size=400)
+    assert one.any_order.nats_per_token == pytest.approx(one.importance_weighted.nats_per_token, rel=1e-12)
+    for found in (one, many):
+        exact = -log_p.mean().item() / 3
+        assert abs(found.any_order.nats_per_token - exact) < 5 * found.any_order.standard_error
+        noise = (log_p.std(correction=0).item() / 3) / math.sqrt(400 * found.num_orders)
+        assert found.any_order.standard_error == pytest.approx(noise, rel=0.15)
+    tight = -(log_p.logsumexp(0) - math.log(6)).item() / 3
+    assert abs(many.importance_weighted.nats_per_token - tight) < 0.1 * (exact - tight)
+    assert many.importance_weighted.nats_per_token < many.any_order.nats_per_token
+
+
+def test_nelbo_reaches_its_exact_value():
+    """One short row many times over: the diffusion bound by summing over all sets of masks and all their orders."""
+    model, epsilon = random_model(vocab_size=5, seq_length=2, spread=0.5), 1e-3
+    row, exact = torch.tensor([[2, 3]]), 0.0
+    grid = epsilon + (1 - epsilon) * (np.arange(4000) + 0.5) / 4000
+    clean = 1 - (1 - epsilon) * grid
+    for masked in ({0}, {1}, {0, 1}):
+        first = [p for p in range(2) if p not in masked]
+        orders = [(*first, *rest) for rest in itertools.permutations(masked)]
+        nats = 0.0
+        for order in orders:
+            batch = draw_fixed(row, order, masked)
+            nats += model(*batch).log_softmax(-1)[range(len(first), 2), row[0, list(order)][len(first) :]].sum().item()
+        weight = (1 - epsilon) / (1 - clean) * clean ** len(first) * (1 - clean) ** len(masked)
+        exact -= nats / len(orders) * weight.mean()
+    batches = [(row.expand(20000, -1).numpy(), np.ones((20000, 2), bool))]
+    found = evaluate(model, batches, ObjectiveConfig(alpha_0=1), batch_size=10000).nelbo
+    assert found.standard_error < 0.05 * exact / 2
+    assert abs(found.nats_per_token - exact / 2) < 5 * found.standard_error
+
+
+def draw_fixed(row, order, masked):
+    """The arguments of the network for one row with these masks in this order."""
+    from esolm_megatron.model.attention import PackedLayout
+
+    fed = torch.tensor([4 if p in masked else int(row[0, p]) for p in order])
+    return fed, torch.tensor(order), PackedAttention(PackedLayout(len(order), 1))
+
+
+def test_output_says_which_estimator_each_number_is():
+    found = evaluate(random_model(), random_batches(), ObjectiveConfig(alpha_0=1), orders=2)
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(table(found))
+    text = console.export_text()
+    tree = json.loads(json.dumps(as_dict(found), allow_nan=False))
+    for name in NAMES:
+        estimate = getattr(found, name)
+        assert name in text
+        assert f"{estimate.perplexity:.3f}" in text
+        assert tree[name]["nats_per_token"] == estimate.nats_per_token
+        assert tree[name]["perplexity"] == estimate.perplexity
+        assert tree[name]["estimator"] == estimate.estimator
+    assert len({getattr(found, name).estimator for name in NAMES}) == 3
+    assert "one token a step" in " ".join(text.split())
+    assert "2 orders a sequence" in found.any_order.estimator
+    assert tree["num_tokens"] == 91
+    single = evaluate(random_model(), random_batches(rows=1), ObjectiveConfig(alpha_0=1))
+    assert as_dict(single)["nelbo"]["standard_error"] is None
+
+
+@pytest.mark.parametrize(
+    ("batches", "options", "message"),
+    [
+        ([], {}, "no valid token"),
+        ([(np.zeros((2, 5), np.int64), np.zeros((2, 5), bool))], {}, "no valid token"),
+        ([*random_batches(), *random_batches(length=11)], {}, r"lengths \[11, 13\]"),
+        (random_batches(vocab=30), {}, "ids must lie in 0 to 21"),
+        (random_batches(), {"orders": 0}, "orders = 0"),
+        (random_batches(), {"batch_size": 0}, "batch_size = 0"),
+    ],
+)
+def test_refusals(batches, options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(random_model(), batches, ObjectiveConfig(alpha_0=0.5), **options)
+
+
+def test_unigram_entropy():
+    tokens = np.array([[0, 5, 5, 2], [2, 5, 0, 5], [7, 7, 7, 7]])
+    valid = np.array([[1, 1, 1, 1], [1, 1, 1, 1], [1, 0, 0, 0]], bool)
+    p = np.array([2, 2, 4, 1]) / 9
+    expected = -(p * np.log(p)).sum()
+    assert unigram_entropy([(tokens, valid)]) == pytest.approx(expected, rel=1e-14)
+    assert unigram_entropy([(tokens[i : i + 1], valid[i : i + 1]) for i in range(3)]) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="no valid token"):
+        unigram_entropy([(tokens, np.zeros_like(valid))])

@@ -1,0 +1,115 @@
+"""Rules of the house that a reviewer would otherwise have to remember. Raising a number needs a line in docs/decisions.md."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from esolm_megatron import config
+from esolm_megatron.data import prepare
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "esolm_megatron"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+ALL = [*MODULES, *sorted((ROOT / "checkpoints_conversion").rglob("*.py"))]
+
+LINES_PER_FILE = 500
+LINES_OF_PACKAGE = 6000
+
+
+def lines(path):
+    return len(path.read_text().splitlines())
+
+
+def test_no_file_is_longer_than_one_sitting():
+    assert {str(p.relative_to(ROOT)): lines(p) for p in MODULES if lines(p) > LINES_PER_FILE} == {}
+
+
+def test_the_package_can_be_read_in_a_day():
+    assert 1000 < sum(map(lines, MODULES)) <= LINES_OF_PACKAGE
+
+
+@pytest.mark.parametrize("word", ["utils", "util", "common", "helpers", "helper", "misc"])
+def test_no_module_is_a_drawer_for_everything(word):
+    assert not [p for p in ALL if p.stem == word or p.parent.name == word]
+
+
+def calls_of(tree, name):
+    return [n.lineno for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", None) == name]
+
+
+def test_only_the_command_line_prints():
+    found = {
+        str(p.relative_to(ROOT)): at
+        for p in MODULES
+        if p.name != "cli.py" and (at := calls_of(ast.parse(p.read_text()), "print"))
+    }
+    assert found == {}
+
+
+def sections():
+    """What a user writes: the tree of a run, and that of prepared data."""
+    found = [config.Config, prepare.PrepareConfig]
+    for section in found:
+        kinds = [field.annotation for field in section.model_fields.values()]
+        found += [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, config.Section)]
+    return found
+
+
+def test_every_field_of_the_configuration_is_explained():
+    assert {config.ModelConfig, config.LogConfig} <= set(sections())
+    bare = [
+        f"{section.__name__}.{name}"
+        for section in sections()
+        for name, field in section.model_fields.items()
+        if not field.description and field.annotation not in sections()  # a section explains itself
+    ]
+    assert bare == []
+    assert all(section.__doc__ for section in sections())
+
+
+def test_every_section_is_frozen_and_refuses_unknown_names():
+    for section in sections():
+        assert section.model_config["frozen"], section
+        assert section.model_config["extra"] == "forbid", section
+
+
+def tracked():
+    try:
+        listed = subprocess.run(
+            ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):  # an unpacked archive
+        listed = [
+            str(p.relative_to(ROOT)) for p in ROOT.glob("*/**/*.*") if not p.parts[len(ROOT.parts)].startswith(".")
+        ]
+    return [ROOT / name for name in listed]
+
+
+TEXT = {".py", ".md", ".yaml", ".toml", ".sh", ".txt", ".json", ".cfg", ""}
+MACHINE = re.compile(r"(?<![\w.])/(?:work|root|home|Users|scratch|mnt|data)/\w|(?<!\w)~/\w")
+
+
+def test_no_path_of_a_machine_is_written_down():
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in tracked()
+        if path.suffix in TEXT and path.is_file() and path.stat().st_size < 1_000_000
+        for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1)
+        if MACHINE.search(line)
+    ]
+    assert found == []
+
+
+def test_scripts_are_executable():
+    for name in (".ci/run", "tools/test.sh"):
+        assert (ROOT / name).stat().st_mode & 0o111, name
+
+
+def test_checks_run_in_test_sh_and_ci_calls_it():
+    script = (ROOT / "tools/test.sh").read_text()
+    for tool in ("ruff check", "ruff format --check", "mypy", "lint-imports", "pytest"):
+        assert tool in script, tool
+    assert "tools/test.sh" in (ROOT / ".ci/run").read_text()
