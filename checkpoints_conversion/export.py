@@ -133,9 +133,11 @@ def _model_config(checkpoint: Checkpoint) -> ModelConfig:
 
 
 def _facts(checkpoint: Checkpoint, weights: str) -> dict[str, Any]:
+    """The manifest's `numbers`, such as the validation loss, and where the weights come from."""
     manifest = checkpoint.manifest
-    known = {"step": checkpoint.step, "weights": weights, "run": checkpoint.config_tree.get("name")}
-    return {**manifest.get("facts", {}), **known, "trained_with": manifest.get("versions", {})}
+    facts = {"step": checkpoint.step, "weights": weights, "run": checkpoint.config_tree.get("name")}
+    facts |= manifest.get("numbers", {}) | {"trained_with": manifest.get("versions")}
+    return {name: value for name, value in facts.items() if value is not None}
 
 
 def _tensors(

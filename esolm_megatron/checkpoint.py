@@ -21,7 +21,6 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from esolm_megatron.config import Config
 from esolm_megatron.tensorfile import Entry, FileFacts, sha256_of, sync_folder, write_json, write_tensors
-from esolm_megatron.topology import Topology
 
 FORMAT, VERSION = "esolm-checkpoint", 1
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
@@ -41,14 +38,13 @@ MANIFEST, PROBE = "manifest.json", "probe.safetensors"
 
 _STEP = re.compile(r"step_(\d{8,})")
 _LEFTOVER = re.compile(r"step_\d{8,}\.(tmp|deleted)-.+")
-_PACKAGES = ("esolm-megatron", "torch", "numpy", "safetensors", "megatron-core", "deepspeed")
 _OPEN_FILES = 64
 
 logger = logging.getLogger(__name__)
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or used."""
+class CheckpointError(OSError):
+    """A checkpoint that cannot be written or used; what a caller does about a full disk, it does about this."""
 
 
 class DamagedCheckpoint(CheckpointError):
@@ -82,42 +78,6 @@ def staging_folder(run_dir: str | Path, step: int, attempt: str | int = 0) -> Pa
     """
     final = step_folder(run_dir, step)
     return final.with_name(f"{final.name}.tmp-{attempt}")
-
-
-def describe(
-    step: int,
-    config: Config,
-    topology: Topology,
-    *,
-    data: Mapping[str, Any] | None = None,
-    scalars: Mapping[str, Any] | None = None,
-    facts: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """The manifest that `commit` wants.
-
-    data: the fingerprint of the tokens. scalars: numbers that resuming needs, such as the optimizer's step. facts: what a
-    reader of the exported model may want to know, such as the validation perplexity.
-    """
-    return {
-        "step": step,
-        "config": config.model_dump(mode="json"),
-        "topology": {name: size for name, size in asdict(topology).items() if name != "rank"},
-        "versions": package_versions(),
-        "data": dict(data or {}),
-        "scalars": dict(scalars or {}),
-        "facts": dict(facts or {}),
-    }
-
-
-def package_versions() -> dict[str, str]:
-    """Version of each package that a checkpoint may depend on, where installed."""
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def write_rank(folder_tmp: str | Path, rank: int, pieces: Iterable[Piece]) -> None:
@@ -165,9 +125,7 @@ def _check_piece(piece: Piece) -> None:
     if piece.kind not in KINDS:
         raise CheckpointError(f"{what}: unknown kind {piece.kind!r}; use one of {', '.join(KINDS)}")
     if not piece.tensor.is_floating_point():
-        raise CheckpointError(
-            f"{what}: {piece.tensor.dtype} is no floating type; put whole numbers into the manifest's scalars"
-        )
+        raise CheckpointError(f"{what}: {piece.tensor.dtype} is no floating type; put whole numbers into the manifest")
     if not len(shape) == len(piece.offset) == len(piece.whole_shape):
         raise CheckpointError(
             f"{what}: shape {shape}, offset {piece.offset}, whole {piece.whole_shape} differ in length"
@@ -188,14 +146,16 @@ def commit(
 ) -> None:
     """Turn a staging folder that every rank has written into the checkpoint `final`, in one rename.
 
-    manifest: from `describe`. probe: see checkpoints_conversion/export.py. Files of ranks beyond `world_size`, left by a
-    dead save of a larger world, are removed.
+    manifest: `step`, `config` (the resolved tree), and whatever else JSON can hold. probe: what
+    checkpoints_conversion/export.py runs again. Files that a dead save of more ranks left here are removed.
 
     Raises:
-        CheckpointError: `final` exists, a rank's files are missing, or the boxes leave a gap or overlap. `final` is then as
-            before.
+        CheckpointError: `final` exists, a rank's files are missing, or the boxes leave a gap or overlap.
     """
     folder, final = Path(folder_tmp), Path(final)
+    for name in ("step", "config"):
+        if name not in manifest:
+            raise CheckpointError(f"{final}: its manifest has no {name}; it has {', '.join(manifest)}")
     if final.exists():
         raise CheckpointError(
             f"{final}: exists, and a checkpoint is never overwritten; save another step, or move it away"
@@ -342,6 +302,11 @@ class Checkpoint:
                 _add_boxes(index, _read_json(path))
         return cls(folder, manifest, index)
 
+    def kinds(self) -> list[str]:
+        """The kinds that it holds, of KINDS."""
+        found = {kind for tensor in self._index.values() for kind in tensor.kinds}
+        return [kind for kind in KINDS if kind in found]
+
     def names(self, kind: str) -> list[str]:
         """The tensors that have this kind."""
         return [name for name, tensor in self._index.items() if kind in tensor.kinds]
@@ -476,10 +441,12 @@ def newest(run_dir: str | Path, verify: bool = True, *, move_damaged: bool = Fal
         folder = step_folder(run_dir, step)
         try:
             return Checkpoint.open(folder, verify)
-        except DamagedCheckpoint as error:
+        except CheckpointError as error:
+            if folder.is_dir() and not isinstance(error, DamagedCheckpoint):
+                raise
             logger.warning("step %d is damaged, falling back to the step before: %s", step, error)
             reasons.append(str(error))
-            if move_damaged:
+            if move_damaged and folder.is_dir():
                 _renamed(folder, "damaged")
     if reasons:
         raise CheckpointError(f"all {len(steps)} checkpoints of {run_dir} are damaged:\n" + "\n".join(reasons))

@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError
 from rich.console import Console
 
 from esolm_megatron import __version__
-from esolm_megatron.config import ConfigError, Section, load
+from esolm_megatron.config import ConfigError, Section, UserError, load
 
 Options = TypeVar("Options", bound=Section)
 
@@ -405,9 +405,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.overrides = [*args.overrides, word]
     try:
         return args.run(args)
-    except (ValueError, FileNotFoundError) as error:  # what users can mend: said in one piece, without a traceback
+    except (UserError, ValueError, OSError) as error:  # what users can mend: said in one piece, without a traceback
         Console(stderr=True).print(f"esolm {args.verb}: {error}", style="red", markup=False, highlight=False)
-        return 2
+        return 2 if isinstance(error, ValueError) else 1
 
 
 if __name__ == "__main__":

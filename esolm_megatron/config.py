@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from contextlib import suppress
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -16,7 +17,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 
-class ConfigError(ValueError):
+class UserError(Exception):
+    """Something foreseen went wrong; its text says what, where, and how to mend it."""
+
+
+class ConfigError(UserError, ValueError):
     """A configuration that cannot run. Its text has one line for each problem."""
 
 
@@ -139,7 +144,7 @@ class OptimConfig(Section):
     min_lr_fraction: float = Field(0.0, ge=0, le=1)
     """Final learning rate as a share of lr (cosine, wsd)."""
     ema_decay: float = Field(0.9999, ge=0, lt=1)
-    """Decay of the moving average of the weights, warmed up as min(decay, (1 + n) / (10 + n)); 0 means none."""
+    """Decay of the moving average of the weights, whose weights sum to one from the first step on; 0 means none."""
 
 
 class TrainConfig(Section):
@@ -279,17 +284,12 @@ def _batch_problems(c: Any) -> Iterator[str]:
     t = c.train
     if t.global_batch_size % t.micro_batch_size:
         yield f"train.global_batch_size = {t.global_batch_size}: must be a multiple of micro_batch_size = {t.micro_batch_size}"
-    o = c.objective
-    rows = t.micro_batch_size * o.fraction
-    if abs(rows - round(rows)) > 1e-9:
+    share = Fraction(c.objective.fraction).limit_denominator(1024)
+    if t.micro_batch_size % share.denominator:
         yield (
-            f"train.micro_batch_size = {t.micro_batch_size}: times objective.diffusion_fraction = {o.fraction} must be a whole "
-            f"number of sequences; use a multiple of {_denominator(o.fraction)}"
+            f"train.micro_batch_size = {t.micro_batch_size}: times objective.diffusion_fraction = {float(share):g} must be a whole "
+            f"number of sequences; use a multiple of {share.denominator}"
         )
-
-
-def _denominator(fraction: float) -> int:
-    return next((n for n in range(1, 1025) if abs(fraction * n - round(fraction * n)) < 1e-9), 1024)
 
 
 _FREED = "parallel.deallocate_pipeline_outputs = true: interleaved over gloo it sends freed memory; set it to false"
@@ -314,18 +314,13 @@ def _parallel_problems(c: Any) -> Iterator[str]:
     elif p.zero_stage != 1:
         yield f"parallel.zero_stage = {p.zero_stage}: only stage 1 is built so far; use zero_stage=1"
     if vp > 1 and p.batch_p2p_comm and pp == 2:
-        yield (
-            "parallel.batch_p2p_comm = true: with 2 interleaved stages the two peers are one rank and messages are swapped "
-            "in silence; set it to false or null"
-        )
+        yield "parallel.batch_p2p_comm = true: with 2 interleaved stages messages are swapped in silence; set it to false or null"
     if vp > 1 and p.deallocate_pipeline_outputs and t.device == "cpu":
         yield _FREED
     micro_batches = t.global_batch_size // t.micro_batch_size
     if vp > 1 and micro_batches % pp:
-        yield (
-            f"train.global_batch_size = {t.global_batch_size}: interleaving needs a number of micro-batches per rank that is "
-            f"a multiple of parallel.pipeline_size = {pp}, found {micro_batches}"
-        )
+        found = f"interleaving needs a multiple of parallel.pipeline_size = {pp} micro-batches, found {micro_batches}"
+        yield f"train.global_batch_size = {t.global_batch_size}: {found}"
 
 
 def _schedule_problems(c: Any) -> Iterator[str]:
@@ -406,10 +401,8 @@ def _valid_sections(tree: dict[str, Any]) -> dict[str, Section]:
             sections[name] = kind.model_validate(values)
         except ValidationError as error:
             bad = {str(item["loc"][0]) for item in error.errors()}
-            try:
+            with suppress(ValidationError):
                 sections[name] = kind.model_validate({k: v for k, v in values.items() if k not in bad})
-            except ValidationError:
-                continue
     return sections
 
 
@@ -440,8 +433,7 @@ def read_tree(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> 
     Raises:
         ConfigError: a file is missing or no mapping, or an override is not `section.field=value`.
     """
-    path = Path(path)
-    tree = _read_file(path, seen=())
+    tree = _read_file(Path(path), seen=())
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator or not key:

@@ -9,6 +9,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -136,13 +137,15 @@ class Plan:
 
     def _memory_table(self) -> Table:
         names = ("weights", "gradients", "optimizer", "buckets", "activations", "logits", "total")
-        table = Table(title="GiB on each rank of a stage (estimate)", title_justify="left")
-        for heading in ("stage", "layers", "parameters", *names):
-            table.add_column(heading, justify="right")
+        headings = ("stage", "layers", "params", "weights", "grads", "optim", "buckets", "activ", "logits", "total")
+        title = "GiB on each rank of a stage (estimate)"
+        table = Table(*headings, title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+        for column in table.columns:
+            column.justify, column.no_wrap = "right", column.header != "layers"
         for stage in self.stages:
             layers = " ".join(f"{a}-{b - 1}" for a, b in stage.layers)
             sizes = [f"{getattr(stage, name) / GIB:.2f}" for name in names]
-            table.add_row(str(stage.stage), layers, f"{stage.parameters:,}", *sizes)
+            table.add_row(str(stage.stage), layers, f"{stage.parameters / 1e6:.0f}M", *sizes)
         return table
 
 

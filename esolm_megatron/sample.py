@@ -155,8 +155,11 @@ def draw_tokens(logits: Tensor, raw: Tensor, temperature: float = 1.0, top_p: fl
     else:
         torch.sub(logits, highest, out=flat)
         flat.div_(temperature).exp_() if temperature != 1 else flat.exp_()
-    total = weights.sum((1, 2), dtype=torch.float64)
-    tokens = _nucleus(weights, raw, total * top_p) if top_p < 1 else _inverse_cdf(weights, raw)
+    by_block = _cumulative(weights)
+    total = by_block[:, -1]
+    tokens = _inverse_cdf(weights, by_block, raw)
+    if top_p < 1:
+        _into_nucleus(tokens, weights, raw, total * top_p)
     tokens.clamp_(max=vocab - 1)  # only logits that are no numbers get there
     normaliser = (highest[:, 0].double() + total.log()).to(logits.dtype)
     if temperature != 1:
@@ -164,13 +167,17 @@ def draw_tokens(logits: Tensor, raw: Tensor, temperature: float = 1.0, top_p: fl
     return tokens, logits.gather(1, tokens[:, None])[:, 0] - normaliser
 
 
-def _inverse_cdf(weights: Tensor, raw: Tensor) -> Tensor:
+def _cumulative(weights: Tensor) -> Tensor:
+    """Running sums over the blocks (M, blocks) fp64; within a block the weights' own type is precise enough."""
+    return weights.sum(-1).double().cumsum(-1)
+
+
+def _inverse_cdf(weights: Tensor, by_block: Tensor, raw: Tensor) -> Tensor:
     """Index (M,) drawn in proportion to `weights` (M, blocks, width): first its block, then the token in it.
 
-    All sums are fp64. An index of weight zero is never drawn.
+    by_block: their running sums. An index of weight zero is never drawn.
     """
     uniform = ((raw >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
-    by_block = weights.sum(-1, dtype=torch.float64).cumsum(-1)
     target = uniform * by_block[:, -1]
     block = _first_above(by_block, target)
     before = by_block.gather(1, (block - 1).clamp(min=0)[:, None])[:, 0].masked_fill(block == 0, 0.0)
@@ -185,23 +192,24 @@ def _first_above(cumulative: Tensor, target: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0].clamp(max=cumulative.shape[1] - 1)
 
 
-def _nucleus(weights: Tensor, raw: Tensor, enough: Tensor) -> Tensor:
-    """As `_inverse_cdf`, among the likeliest tokens that together weigh `enough` (M,), by rejection instead of a sort.
+def _into_nucleus(tokens: Tensor, weights: Tensor, raw: Tensor, enough: Tensor) -> None:
+    """Draw `tokens` (M,) again, in place, where they are not among the likeliest that together weigh `enough` (M,).
 
     A token is outside if strictly likelier ones weigh enough already; then the next draw is among those likelier ones,
-    which hold the whole nucleus. So what is accepted has the distribution restricted to the nucleus, exactly.
+    which hold the whole nucleus. So what is accepted has the distribution restricted to the nucleus, exactly, and
+    nothing is sorted.
     """
-    tokens = _inverse_cdf(weights, raw)
-    left = torch.arange(len(tokens), device=tokens.device)
-    drawn = tokens
+    left, drawn = torch.arange(len(tokens), device=tokens.device), tokens
     while True:
         chosen = weights.flatten(1).gather(1, drawn[:, None])[..., None]
         likelier = torch.where(weights > chosen, weights, 0)
-        outside = likelier.sum((1, 2), dtype=torch.float64) >= enough[left]
+        by_block = _cumulative(likelier)
+        outside = by_block[:, -1] >= enough
         if not outside.any():
-            return tokens
-        left, weights, raw = left[outside], likelier[outside], _next_words(raw[outside])
-        drawn = _inverse_cdf(weights, raw)
+            return
+        left, enough, raw = left[outside], enough[outside], _next_words(raw[outside])
+        weights = likelier[outside]
+        drawn = _inverse_cdf(weights, by_block[outside], raw)
         tokens[left] = drawn
 
 

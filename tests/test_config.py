@@ -108,7 +108,7 @@ CROSS_FIELD = {
     ),
     "micro-batches against interleaving": (
         {"parallel": PIPELINE, "train": {"global_batch_size": 18}},
-        "multiple of parallel.pipeline_size = 2, found 9",
+        "multiple of parallel.pipeline_size = 2 micro-batches, found 9",
     ),
     "WSD without a decay": (
         {"optim": {"schedule": "wsd", "warmup_steps": 1}},

@@ -19,6 +19,7 @@ from esolm_megatron.model.pretrained import save_model
 from esolm_megatron.objective.likelihood import log_likelihood
 from esolm_megatron.objective.noise import alpha, words
 from esolm_megatron.sample import (
+    _first_above,
     binomial_schedule,
     decode,
     draw_orders,
@@ -107,7 +108,8 @@ def test_logits_of_the_references_steps(name):
     [
         ([1] * 13, 0),
         ([3, 1, 5, 1, 1, 2], 0),
-        ([4, 1, 3], 5),
+        ([0, 4, 1, 0, 3, 0], 5),
+        ([0, 13], 0),
         ([[1, 2, 0, 4, 0, 1], [3, 0, 0, 1, 4, 0], [8, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 7]], 5),  # rows of their own pace
     ],
 )
@@ -115,7 +117,9 @@ def test_cached_equals_uncached(shape, ks, num_given):
     model = random_model(**SHAPES[shape])
     tokens, order = random_rows(model, 4, 13)
     done = torch.full((4,), num_given)
-    for rows, places, logits in logits_of_steps(model, tokens, order, ks, num_given):
+    steps = logits_of_steps(model, tokens, order, ks, num_given)
+    assert len(steps) == np.atleast_2d(ks).any(0).sum(), "empty steps cost no pass"
+    for rows, places, logits in steps:
         for row in range(4):
             mine = rows == row
             num_masks = int(mine.sum())
@@ -291,7 +295,13 @@ def test_draws_follow_temperature_and_nucleus(vocab, temperature, top_p):
 
 def test_nucleus_keeps_or_drops_equal_tokens_together():
     p = torch.tensor([0.0625, 0.25, 0.5, 0.0625, 0.125, 0.0])  # 0.5, 0.25, 0.125, then two equal ones
-    for top_p, kept in ((0.5, {2}), (0.51, {1, 2}), (0.75, {1, 2}), (0.88, {0, 1, 2, 3, 4}), (1.0, {0, 1, 2, 3, 4})):
+    for top_p, kept in (
+        (0.499, {2}),
+        (0.501, {1, 2}),
+        (0.749, {1, 2}),
+        (0.88, {0, 1, 2, 3, 4}),
+        (1.0, {0, 1, 2, 3, 4}),
+    ):
         tokens, _ = draw_tokens(p.log().expand(4000, -1), raw_words(4000, top_p), 1.0, top_p)
         assert set(tokens.tolist()) == kept, top_p
     tokens, _ = draw_tokens(p.log().expand(100, -1), raw_words(100, 1), 0.0)
@@ -303,6 +313,9 @@ def test_the_ends_of_the_uniform_numbers_draw_possible_tokens():
     logits[:, [3, 255, 300, 511]] = torch.tensor([0.3, 1.7, -0.4, 0.9])
     tokens, _ = draw_tokens(logits, torch.tensor([0, -1]))
     assert tokens.tolist() == [3, 511]
+    cumulative = torch.tensor([[0.0, 0.5, 1.0, 1.0]], dtype=torch.float64)
+    for target, place in ((-1e-17, 1), (0.0, 1), (0.5, 2), (1.0, 2), (1.1, 2)):
+        assert _first_above(cumulative, torch.tensor([target], dtype=torch.float64)).item() == place
 
 
 # ----------------------------------------------------------------------------------------------- schedules and orders

@@ -7,9 +7,11 @@
 #
 # Quick when nothing changed: a stamp in the environment holds the hash of pyproject.toml that was installed.
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 esolm_extras="${ESOLM_EXTRAS:-train}"
-esolm_venv="${ESOLM_VENV:-${VIRTUAL_ENV:-$PWD/.venv}}"
+esolm_venv="${ESOLM_VENV:-${VIRTUAL_ENV:-}}"
+case "$esolm_venv" in ""|/*) ;; *) esolm_venv="$PWD/$esolm_venv" ;; esac
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+esolm_venv="${esolm_venv:-$PWD/.venv}"
 
 if [ ! -x "$esolm_venv/bin/python" ]; then
     esolm_python=""
@@ -21,7 +23,7 @@ if [ ! -x "$esolm_venv/bin/python" ]; then
         fi
     done
     if [ -z "$esolm_python" ]; then
-        echo "error: no Python 3.11 or 3.12 found; install one, or name it: ESOLM_PYTHON=/path/to/python3.12 bash $0" >&2
+        echo "error: no Python 3.11 or 3.12 found; install one, or name it: ESOLM_PYTHON=python3.12 bash $0" >&2
         exit 1
     fi
     echo "== making $esolm_venv with $("$esolm_python" --version)"
@@ -48,7 +50,6 @@ if [ "$(cat "$esolm_stamp" 2>/dev/null)" != "$esolm_hash" ]; then
     fi
     echo "== installing esolm-megatron[$esolm_extras]"
     "$PYTHON" -m pip install -q -e ".[$esolm_extras]" || exit 1
-    rm -f "$esolm_venv"/.esolm-installed-*
     echo "$esolm_hash" > "$esolm_stamp"
 fi
 export PATH="$esolm_venv/bin:$PATH"

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from esolm_megatron.config import Section
+from esolm_megatron.config import Section, UserError
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
@@ -47,7 +47,7 @@ _OPEN_SHARDS = 128
 _KEPT_DOCUMENTS = 1024
 
 
-class DataError(RuntimeError):
+class DataError(UserError, RuntimeError):
     """Prepared data that cannot be used."""
 
 

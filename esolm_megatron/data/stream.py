@@ -92,7 +92,7 @@ class TokenStream:
         *,
         split: str = "train",
         seq_length: int,
-        global_batch: int,
+        global_batch_size: int,
         data_rank: int = 0,
         data_size: int = 1,
         seed: int = 0,
@@ -100,7 +100,7 @@ class TokenStream:
         shuffle_window: int = 512,
     ):
         for name, value in (
-            ("global_batch", global_batch),
+            ("global_batch_size", global_batch_size),
             ("num_lanes", num_lanes),
             ("shuffle_window", shuffle_window),
         ):
@@ -108,12 +108,12 @@ class TokenStream:
                 raise DataError(f"{name} = {value}: must be 1 or more")
         if not 0 <= data_rank < data_size:
             raise DataError(f"data_rank = {data_rank}: must be from 0 to data_size - 1 = {data_size - 1}")
-        if global_batch % data_size:
-            raise DataError(f"global_batch = {global_batch}: must be a multiple of data_size = {data_size}")
+        if global_batch_size % data_size:
+            raise DataError(f"global_batch_size = {global_batch_size}: must be a multiple of data_size = {data_size}")
         self._source = _Rows(path, split, seq_length)
         self.manifest, self.fingerprint = self._source.reader.manifest, self._source.reader.fingerprint
         self.vocab_size = self.manifest.vocab_size + 1
-        self.seq_length, self.global_batch, self.seed = seq_length, global_batch, seed
+        self.seq_length, self.global_batch_size, self.seed = seq_length, global_batch_size, seed
         self.data_rank, self.data_size = data_rank, data_size
         self._layout()
         small = self.num_sequences <= num_lanes * shuffle_window
@@ -126,8 +126,8 @@ class TokenStream:
         """Rows of the global batch of `step`: r, r + R, r + 2R, ... for data rank r of R."""
         if step < 0:
             raise DataError(f"step = {step}: must be 0 or more")
-        rows = np.arange(self.data_rank, self.global_batch, self.data_size, dtype=np.int64)
-        samples = step * self.global_batch + rows
+        rows = np.arange(self.data_rank, self.global_batch_size, self.data_size, dtype=np.int64)
+        samples = step * self.global_batch_size + rows
         sequences = self._sequences(samples)
         places = np.searchsorted(self._first_sequence, sequences, "right") - 1
         offsets = (sequences - self._first_sequence[places]) * self.seq_length

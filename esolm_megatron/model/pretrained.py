@@ -85,6 +85,7 @@ def save_model(
     out = Path(folder)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise PretrainedError(f"{out}: exists and is not empty; give a new folder, or remove it first")
+    tokenizer = _tokenizer_files(tokenizer_folder)
     dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(parameter_shapes(config), dtype)
     entries = [Entry(name, dtypes[name], shape) for name, shape in parameter_shapes(config).items()]
     entries.sort(key=lambda entry: -entry.dtype.itemsize)
@@ -101,7 +102,7 @@ def save_model(
             "facts": dict(facts or {}),
         }
         write_json(partial / CONFIG, tree)
-        for path in _tokenizer_files(tokenizer_folder):
+        for path in tokenizer:
             shutil.copyfile(path, partial / path.name)
         sync_folder(partial)
         if check is not None:

@@ -94,6 +94,7 @@ def start(config: Config) -> tuple[Topology, torch.device]:
 
 
 def _join(device: torch.device, rank: int, world_size: int, timeout_s: float) -> None:
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed wants it even of a lone process
     options: dict[str, Any] = {"timeout": datetime.timedelta(seconds=timeout_s)}
     if device.type == "cuda":
         options["device_id"] = device

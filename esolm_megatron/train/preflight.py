@@ -25,7 +25,7 @@ def resolve(config: Config) -> Config:
     Raises:
         ConfigError: the data's vocabulary is not the model's.
     """
-    stream = TokenStream(config.data.path, seq_length=config.model.seq_length, global_batch=1)
+    stream = TokenStream(config.data.path, seq_length=config.model.seq_length, global_batch_size=1)
     vocab_size = stream.vocab_size
     stream.close()
     if config.model.vocab_size is None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from esolm_megatron import __version__, checkpoint
+from esolm_megatron.checkpoint import CheckpointError
 from esolm_megatron.config import Config, ConfigError, dump
 from esolm_megatron.data.stream import TokenStream, ValidationSet
 from esolm_megatron.model.size import flops_per_step
@@ -22,6 +23,7 @@ from esolm_megatron.parallel.engine import Engine
 from esolm_megatron.train import preflight
 from esolm_megatron.train.metrics import Metrics, peak_flops
 from esolm_megatron.train.schedule import learning_rate
+
 
 class StopRequest:
     """Remembers that a signal asked the run to stop; a second one ends the process at once."""
@@ -75,7 +77,7 @@ def _train(config: Config, engine: Engine, stop: StopRequest) -> Outcome:
     stream = TokenStream(
         config.data.path,
         seq_length=config.model.seq_length,
-        global_batch=t.global_batch_size,
+        global_batch_size=t.global_batch_size,
         data_rank=top.data_rank,
         data_size=top.data_size,
         seed=config.seed,
@@ -176,6 +178,7 @@ class Validation:
 def prepare_run_folder(config: Config) -> None:
     """Write what makes the run reproducible: the resolved configuration and the tokenizer."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
+    checkpoint.prune(config.run_dir, config.checkpoint.keep_last, remove_unfinished=True)
     (config.run_dir / "config.yaml").write_text(dump(config))
     tokenizer = Path(config.data.path) / "tokenizer"
     if tokenizer.is_dir() and not (config.run_dir / "tokenizer").exists():
@@ -188,12 +191,14 @@ def resume(config: Config, engine: Engine, fingerprint: str) -> int:
     Raises:
         ConfigError: the checkpoint was trained on other data.
     """
-    found = checkpoint.newest(config.run_dir, verify=engine.is_first_rank)
-    steps = engine.all_ranks(-1 if found is None else found.step)
-    if len(set(steps)) > 1:  # a damaged newest one is only noticed by the rank that verifies
-        found = checkpoint.Checkpoint.open(checkpoint.step_folder(config.run_dir, steps[0])) if steps[0] >= 0 else None
-    if found is None:
+    step = -1
+    if engine.is_first_rank:  # one rank verifies, and tells the others which checkpoint is whole
+        whole = checkpoint.newest(config.run_dir, verify=True, move_damaged=True)
+        step = -1 if whole is None else whole.step
+    step = engine.all_ranks(step)[0]
+    if step < 0:
         return 0
+    found = checkpoint.Checkpoint.open(checkpoint.step_folder(config.run_dir, step))
     was = found.manifest["data_fingerprint"]
     if was != fingerprint:
         raise ConfigError(
@@ -208,7 +213,7 @@ def save(config: Config, engine: Engine, step: int, fingerprint: str, numbers: d
     """Write a checkpoint together; it appears whole or not at all.
 
     Raises:
-        OSError: on every rank, when any rank could not write; older checkpoints stay.
+        CheckpointError: on every rank, when any rank could not write; older checkpoints stay.
     """
     final = checkpoint.step_folder(config.run_dir, step)
     if final.exists():
@@ -216,16 +221,15 @@ def save(config: Config, engine: Engine, step: int, fingerprint: str, numbers: d
     staging = checkpoint.staging_folder(config.run_dir, step)
     error: Exception | None = None
     try:
-        staging.mkdir(parents=True, exist_ok=True)
         checkpoint.write_rank(staging, engine.topology.rank, engine.pieces())
-    except OSError as problem:
+    except CheckpointError as problem:
         error = problem
     probe = engine.probe()
     if not engine.any_rank(error is not None) and engine.is_first_rank:
         manifest = {
             "step": step,
             "config": config.model_dump(mode="json"),
-            "topology": vars(engine.topology) | {"rank": None},
+            "topology": vars(engine.topology),
             "data_fingerprint": fingerprint,
             "versions": {"esolm_megatron": __version__, "torch": torch.__version__},
             "numbers": numbers,
@@ -233,7 +237,7 @@ def save(config: Config, engine: Engine, step: int, fingerprint: str, numbers: d
         try:
             checkpoint.commit(staging, final, manifest, engine.topology.world_size, probe)
             checkpoint.prune(config.run_dir, config.checkpoint.keep_last)
-        except OSError as problem:
+        except CheckpointError as problem:
             error = problem
     if engine.any_rank(error is not None):
-        raise error or OSError(f"{final}: another rank could not write its part; see its log")
+        raise error or CheckpointError(f"{final}: another rank could not write its part; see its log")

@@ -1,9 +1,7 @@
-import json
-
 import pytest
 import torch
+from conversion.reference_files import Opaque, omega, write_folder
 from parity import LENGTH, NUM_HEADS, load_case
-from safetensors.torch import save_file
 
 
 @pytest.fixture(scope="session")
@@ -20,32 +18,9 @@ def theirs():
     return {name: raw[name] for name in names}
 
 
-def write_folder(folder, state, **config):
-    folder.mkdir(exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"n_heads": NUM_HEADS, "length": LENGTH} | config))
-    return folder
-
-
 @pytest.fixture
 def hub_folder(tmp_path, theirs):
     return write_folder(tmp_path / "hub", theirs)
-
-
-class Opaque:
-    """A class that only the writer of a checkpoint has, shaped as OmegaConf's containers and leaves are."""
-
-    def __init__(self, **state):
-        self.__dict__.update(state)
-
-
-def omega(value, parent=None):
-    node = Opaque(_parent=parent, _metadata=Opaque(ref_type=dict, flags={}))
-    if isinstance(value, dict):
-        node._content = {key: omega(item, node) for key, item in value.items()}
-    else:
-        node._val = value
-    return node
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import zipfile
 
 import pytest
 import torch
-from conversion.conftest import Opaque, write_folder
+from conversion.reference_files import Opaque, write_folder
 from objective.test_parity import close, needs, packed_case
 from parity import MASK, Reference
 from safetensors.torch import load_file
@@ -129,7 +129,10 @@ def told(**algo):
     ("change", "words"),
     [
         (without("backbone.blocks.1.mlp.2.bias"), "use_ema=False"),
-        (lambda t: (t.pop("ema"), t["state_dict"].pop("backbone.blocks.1.mlp.2.bias")), "blocks.1.mlp.2.bias is missing"),
+        (
+            lambda t: (t.pop("ema"), t["state_dict"].pop("backbone.blocks.1.mlp.2.bias")),
+            "blocks.1.mlp.2.bias is missing",
+        ),
         (lambda t: t["state_dict"].clear(), "no tensor vocab_embed.embedding"),
         (lambda t: t.pop("state_dict"), "has no state_dict"),
         (lambda t: t.pop("hyper_parameters"), "does not tell num_heads; give it as num_heads="),

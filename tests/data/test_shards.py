@@ -117,14 +117,14 @@ def test_missing_and_cut_shards_are_found_at_the_start(copy):
     data = paths[0].read_bytes()
     paths[0].write_bytes(data[:-512])
     with pytest.raises(ShardCorrupt, match=rf"{paths[0].name}: cut or replaced at offset {len(data) - 512}"):
-        TokenStream(copy, seq_length=11, global_batch=1)
+        TokenStream(copy, seq_length=11, global_batch_size=1)
     paths[0].unlink()
     with pytest.raises(ShardMissing, match=rf"{paths[0].name}: No such file"):
-        TokenStream(copy, seq_length=11, global_batch=1)
+        TokenStream(copy, seq_length=11, global_batch_size=1)
 
 
 def test_shard_cut_while_it_is_read_is_an_error(copy):
-    stream = TokenStream(copy, seq_length=11, global_batch=4)
+    stream = TokenStream(copy, seq_length=11, global_batch_size=4)
     for path in (copy / "shards").iterdir():
         path.write_bytes(path.read_bytes()[:700])
     with pytest.raises(ShardCorrupt, match=r"\.tar: cut at offset 700 after it was opened"):

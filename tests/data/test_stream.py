@@ -15,7 +15,7 @@ LAYOUTS = [(1, 13), (3, 5), (16, 512), (5, 1), (7, 11)]
 
 
 def stream(folder, **changes):
-    return TokenStream(folder, **{"seq_length": L, "global_batch": 12, "seed": 5, **changes})
+    return TokenStream(folder, **{"seq_length": L, "global_batch_size": 12, "seed": 5, **changes})
 
 
 def storage_rows(folder, split="train", length=L):
@@ -46,7 +46,7 @@ def test_every_sequence_once_an_epoch_in_an_order_of_its_own(prepared, lanes, wi
 
 def test_rows_of_an_epoch_are_the_rows_of_the_shards(prepared):
     rows, starts = storage_rows(prepared)
-    data = stream(prepared, global_batch=len(rows), num_lanes=3, shuffle_window=5)
+    data = stream(prepared, global_batch_size=len(rows), num_lanes=3, shuffle_window=5)
     assert data.num_sequences == len(rows) > 200
     batch = data.batch(0)
     expected = sorted(zip(rows, starts, strict=True))
@@ -108,7 +108,7 @@ def test_the_order_never_changes():
 
 def test_fewer_sequences_than_a_batch(prepared, tmp_path):
     n = stream(prepared).num_sequences
-    data = stream(prepared, global_batch=2 * n + 1)
+    data = stream(prepared, global_batch_size=2 * n + 1)
     tokens = data.batch(0).tokens
     assert sorted(tokens[:n].tolist()) == sorted(tokens[n : 2 * n].tolist())
     assert not np.array_equal(tokens[:n], tokens[n : 2 * n])
@@ -118,7 +118,7 @@ def test_a_single_sequence(tmp_path):
     write_documents(tmp_path / "a.jsonl", 3)
     prepare(small_config(tmp_path / "a.jsonl", tmp_path / "out", validation_fraction=0), progress=False)
     total = ShardReader(tmp_path / "out").manifest.splits["train"].tokens
-    data = stream(tmp_path / "out", seq_length=total, global_batch=4)
+    data = stream(tmp_path / "out", seq_length=total, global_batch_size=4)
     assert data.num_sequences == 1
     assert (data.batch(3).tokens == data.batch(0).tokens[0]).all()
     with pytest.raises(
@@ -132,7 +132,7 @@ def test_a_single_sequence(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"global_batch": 13, "data_size": 2}, "global_batch = 13: must be a multiple of data_size = 2"),
+        ({"global_batch_size": 13, "data_size": 2}, "global_batch_size = 13: must be a multiple of data_size = 2"),
         ({"data_rank": 2, "data_size": 2}, "data_rank = 2: must be from 0 to data_size - 1 = 1"),
         ({"num_lanes": 0}, "num_lanes = 0: must be 1 or more"),
         ({"seq_length": 0}, "seq_length = 0: must be 1 or more"),
