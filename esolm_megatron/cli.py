@@ -11,7 +11,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
@@ -137,11 +136,10 @@ def run_train(args: argparse.Namespace) -> int:
 
     config = load(args.path, args.overrides)
     check_run(config, int(os.environ.get("WORLD_SIZE", args.processes or 1)))
-    if args.processes and "RANK" not in os.environ:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.processes}"]
-        command += ["-m", "esolm_megatron", "train", args.path, *args.overrides]
-        sys.stdout.flush()
-        os.execv(command[0], command)
+    if (args.processes or 1) > 1 and "RANK" not in os.environ:
+        from esolm_megatron.launch import run_local
+
+        return run_local([sys.executable, "-m", "esolm_megatron", "train", args.path, *args.overrides], args.processes)
     from esolm_megatron.train.trainer import train
 
     outcome = train(config)

@@ -6,8 +6,9 @@ import torch
 from esolm_megatron.config import check
 from esolm_megatron.model.attention import PackedAttention
 from esolm_megatron.model.layers import PlainLinears
+from esolm_megatron.model.size import mask_capacity
 from esolm_megatron.model.transformer import EsoLM, initialise
-from esolm_megatron.objective.esolm import draw_step, mask_capacity, mean_loss, part_sums
+from esolm_megatron.objective.esolm import draw_step, mean_loss, part_sums
 
 MODERN = {
     "num_layers": 4,

@@ -71,12 +71,12 @@ def _put(numbers: tuple[int, ...], dim: int, value: int) -> tuple[int, ...]:
 
 def mark(parameter: nn.Parameter, split: Split) -> None:
     """Attach `split` to a parameter, for initialisation, checkpoints and gradient sums."""
-    parameter.split = split  # type: ignore[attr-defined]
+    parameter.esolm_split = split  # type: ignore[attr-defined]
 
 
 def split_of(parameter: nn.Parameter) -> Split:
     """What `mark` attached."""
-    return parameter.split  # type: ignore[attr-defined]
+    return parameter.esolm_split  # type: ignore[attr-defined]
 
 
 class Linears(Protocol):

@@ -6,7 +6,6 @@ as one static row of tokens (see model/attention.py). Both are pure; draws are k
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,13 +66,6 @@ class PackedBatch:
         """The same on a device."""
         tensors = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return PackedBatch(layout=self.layout, **tensors)
-
-
-def mask_capacity(seq_length: int, alpha_0: float, multiple: int = 64) -> int:
-    """Places of a sequential row's mask stream: mean plus six standard deviations of the number of masks, rounded up."""
-    mean = seq_length * (1 - alpha_0)
-    bound = mean + 6 * math.sqrt(mean * alpha_0)
-    return min(seq_length, -(-math.ceil(bound) // multiple) * multiple)
 
 
 def draw_diffusion(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import shutil
 import signal
@@ -17,8 +18,8 @@ from esolm_megatron import __version__, checkpoint
 from esolm_megatron.checkpoint import CheckpointError
 from esolm_megatron.config import Config, ConfigError, dump
 from esolm_megatron.data.stream import TokenStream, ValidationSet
-from esolm_megatron.model.size import flops_per_step
-from esolm_megatron.objective.esolm import Noised, draw_step, draw_validation, mask_capacity, mean_loss
+from esolm_megatron.model.size import flops_per_step, mask_capacity
+from esolm_megatron.objective.esolm import Noised, draw_step, draw_validation, mean_loss
 from esolm_megatron.parallel.engine import Engine
 from esolm_megatron.train import preflight
 from esolm_megatron.train.metrics import Metrics, peak_flops
@@ -95,7 +96,8 @@ def _train(config: Config, engine: Engine, stop: StopRequest) -> Outcome:
         flops_per_step=flops_per_step(config),
         peak=peak_flops(config, engine.device) * top.world_size,
     )
-    capacity = mask_capacity(config.model.seq_length, config.objective.alpha_0)
+    multiple = math.lcm(64, top.tensor_size)  # sequence parallelism cuts the packed row evenly
+    capacity = mask_capacity(config.model.seq_length, config.objective.alpha_0, multiple)
     num_micro_batches = t.global_batch_size // (t.micro_batch_size * top.data_size)
     saved, loss, nelbo, step = start, None, None, start
     with stream.prefetch(start, t.num_steps, config.data.prefetch_batches) as batches:

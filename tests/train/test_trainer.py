@@ -60,6 +60,7 @@ def start(config, folder, processes=1):
     file = Path(folder) / "run.yaml"
     file.write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "esolm_megatron", "train", str(file), f"--processes={processes}"]
+    command[-1:] = command[-1:] if processes > 1 else []
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
@@ -143,18 +144,20 @@ def test_kill_minus_nine_loses_nothing_saved(tokens, uninterrupted, tmp_path, se
     equal(state(tmp_path / "run", 12), state(uninterrupted, 12))
 
 
-def test_signal_saves_and_continues(tokens, uninterrupted, tmp_path):
-    config = tree(tokens, tmp_path, checkpoint={"every_steps": 0}, train={"num_steps": 400})
-    process = start(config, tmp_path)
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signal_saves_and_continues(tokens, tmp_path, processes, number):
+    config = tree(tokens, tmp_path, checkpoint={"every_steps": 0}, train={"num_steps": 4000})
+    process = start(config, tmp_path, processes)
     metrics = tmp_path / "run" / "metrics.jsonl"
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     code, text = finish(process)
     assert code == 0, text
     (step,) = complete_steps(tmp_path / "run")
-    assert 3 <= step < 400
+    assert 3 <= step < 4000
     assert "continue" in text
 
 
