@@ -70,14 +70,18 @@ class ConvertOptions(Section):
 
     weights: str = Field("ema", pattern="^(ema|last)$")
     """ema: the moving average. last: the weights of the step."""
-    dtype: str = Field("fp32", pattern="^(fp32|bf16|fp16)$")
-    """Type of the written weights."""
+    dtype: str | None = Field(None, pattern="^(fp32|bf16|fp16)$")
+    """Type of the written weights; null means fp32, and for an import what the source has, without rounding."""
     step: int | None = Field(None, ge=0)
     """Which checkpoint of a run; null means the newest."""
     num_heads: int | None = Field(None, ge=1)
     """Heads of a reference checkpoint that does not say."""
     length: int | None = Field(None, ge=1)
     """Sequence length of a reference checkpoint that does not say."""
+    alpha_0: float | None = Field(None, ge=0, le=1)
+    """alpha_0 of a reference checkpoint that does not say."""
+    tokenizer: str | None = None
+    """Folder of the tokenizer that goes with a reference checkpoint."""
 
 
 def options(kind: type[Options], overrides: Sequence[str]) -> Options:
@@ -116,7 +120,7 @@ def run_plan(args: argparse.Namespace) -> int:
     """What the run will cost."""
     from esolm_megatron.plan import plan
 
-    result = plan(load(args.path, args.overrides), args.processes)
+    result = plan(load(args.path, args.overrides), args.processes, device=args.device, mfu=args.mfu)
     show(result, result.as_dict, args.json)
     return 0
 
@@ -238,13 +242,20 @@ def run_convert(args: argparse.Namespace) -> int:
     from checkpoints_conversion import export, reference
 
     chosen = options(ConvertOptions, args.overrides)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[chosen.dtype]
+    dtype = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[chosen.dtype]
     if args.source == "reference":
         report: Any = reference.import_reference(
-            args.path, args.out, use_ema=chosen.weights == "ema", num_heads=chosen.num_heads, length=chosen.length,
+            args.path,
+            args.out,
+            use_ema=chosen.weights == "ema",
+            num_heads=chosen.num_heads,
+            length=chosen.length,
+            alpha_0=chosen.alpha_0,
+            tokenizer_folder=chosen.tokenizer,
             dtype=dtype,
-        )  # fmt: skip
+        )
     else:
+        dtype = dtype or torch.float32
         report = export.export_run(args.path, args.out, weights=chosen.weights, dtype=dtype, step=chosen.step)
     facts = {k: v for k, v in vars(report).items() if v is not None}
     show("\n".join(f"{k}: {v}" for k, v in facts.items()), lambda: facts, args.json)
@@ -374,6 +385,9 @@ def parser() -> argparse.ArgumentParser:
         made.add_argument("path", metavar="RUN.yaml")
         made.add_argument("--processes", type=int, default=None, metavar="N", help="processes on this machine")
         fields(made, "override section.field of the file")
+        if name == "plan":
+            made.add_argument("--device", default="H100", help="GPU that is planned for")
+            made.add_argument("--mfu", type=float, default=0.4, help="share of its peak that is assumed")
     data = verb("data", run_data, "tokens: prepare, verify, show, train-tokenizer, corpus")
     data.add_argument("action", choices=["prepare", "verify", "show", "train-tokenizer", "corpus"])
     data.add_argument("path", metavar="PATH", help="a YAML file (prepare), prepared data (verify, show), text, or a folder")
@@ -404,7 +418,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except (UserError, ValueError, OSError) as error:  # what users can mend: said in one piece, without a traceback
-        Console(stderr=True).print(f"esolm {args.verb}: {error}", style="red", markup=False, highlight=False)
+        Console(stderr=True, soft_wrap=True).print(f"esolm {args.verb}: {error}", style="red", markup=False, highlight=False)
         return 2 if isinstance(error, ValueError) else 1
 
 

@@ -16,7 +16,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ALL = [*MODULES, *sorted((ROOT / "checkpoints_conversion").rglob("*.py"))]
 
 LINES_PER_FILE = 500
-LINES_OF_PACKAGE = 6000
+CODE_LINES_OF_PACKAGE = 6000
 
 
 def lines(path):
@@ -27,8 +27,21 @@ def test_no_file_is_longer_than_one_sitting():
     assert {str(p.relative_to(ROOT)): lines(p) for p in MODULES if lines(p) > LINES_PER_FILE} == {}
 
 
+def code_lines(path):
+    """Lines without blanks, comments and docstrings: explaining more must not cost anything."""
+    text = path.read_text()
+    explained = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            explained.update(range(node.lineno, node.end_lineno + 1))
+    return sum(
+        1 for number, line in enumerate(text.splitlines(), 1)
+        if number not in explained and line.strip() and not line.strip().startswith("#")
+    )  # fmt: skip
+
+
 def test_the_package_can_be_read_in_a_day():
-    assert 1000 < sum(map(lines, MODULES)) <= LINES_OF_PACKAGE
+    assert 1000 < sum(map(code_lines, MODULES)) <= CODE_LINES_OF_PACKAGE
 
 
 @pytest.mark.parametrize("word", ["utils", "util", "common", "helpers", "helper", "misc"])

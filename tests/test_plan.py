@@ -132,7 +132,7 @@ def test_recomputation_and_splits_lower_what_a_block_keeps():
 @pytest.mark.parametrize("alpha_0", [0, 0.5, 1])
 def test_packed_tokens_are_those_of_the_layout(alpha_0):
     from esolm_megatron.model.attention import PackedLayout
-    from esolm_megatron.objective.esolm import mask_capacity
+    from esolm_megatron.model.size import mask_capacity
 
     config = load(TINY, [f"objective.alpha_0={alpha_0}"])
     diffusion = round(8 * config.objective.fraction)

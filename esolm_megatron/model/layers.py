@@ -244,10 +244,7 @@ class VocabHead(nn.Module):
         logits = _Fp32Logits.apply(x, matrix) if low else F.linear(x, matrix)
         if self.bias is not None:
             logits = logits + self.bias.to(logits.dtype)
-        cut = max(self.mask_id - self.start, 0)
-        if cut < logits.shape[-1]:
-            blocked = torch.arange(logits.shape[-1], device=logits.device) >= cut
-            logits = logits.masked_fill(blocked, float("-inf"))
+        logits[:, max(self.mask_id - self.start, 0) :] = float("-inf")  # in place: nothing saved for backward is changed
         return logits
 
 

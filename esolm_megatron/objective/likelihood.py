@@ -38,8 +38,8 @@ def log_likelihood(model: EsoLM, tokens: Tensor, order: Tensor, *, scored: Tenso
     """
     check_rows(tokens, order, model.shape.mask_id)
     weights = torch.ones_like(tokens) if scored is None else scored
-    arrays = [x.detach().cpu().numpy() for x in (tokens, order, weights.to(torch.float64))]
-    batch = ordered_batch(*arrays, model.shape.mask_id).to(tokens.device)
+    ids, places, counted = (x.detach().cpu().numpy() for x in (tokens, order, weights.to(torch.float64)))
+    batch = ordered_batch(ids, places, counted, model.shape.mask_id).to(tokens.device)
     losses = model(
         batch.tokens, batch.positions, PackedAttention(batch.layout), places=batch.places, targets=batch.targets
     )

@@ -139,7 +139,7 @@ def _start_wandb(config: Config) -> Any:
         project=config.log.wandb_project,
         name=config.name,
         dir=str(config.run_dir),
-        mode=config.log.wandb,
+        mode="offline" if config.log.wandb == "offline" else "online",
         config=config.model_dump(mode="json"),
     )
 

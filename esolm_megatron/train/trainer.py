@@ -193,10 +193,15 @@ def resume(config: Config, engine: Engine, fingerprint: str) -> int:
     Raises:
         ConfigError: the checkpoint was trained on other data.
     """
-    step = -1
+    step, error = -1, None
     if engine.is_first_rank:  # one rank verifies, and tells the others which checkpoint is whole
-        whole = checkpoint.newest(config.run_dir, verify=True, move_damaged=True)
-        step = -1 if whole is None else whole.step
+        try:
+            whole = checkpoint.newest(config.run_dir, verify=True, move_damaged=True)
+            step = -1 if whole is None else whole.step
+        except CheckpointError as problem:
+            error = problem
+    if engine.any_rank(error is not None):
+        raise error or CheckpointError(f"{config.run_dir}: the first rank found no checkpoint to continue from")
     step = engine.all_ranks(step)[0]
     if step < 0:
         return 0
