@@ -1,5 +1,6 @@
 """Helpers for comparing with numbers that the reference implementation computed."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from esolm_megatron.model.layers import PlainLinears
 from esolm_megatron.model.transformer import EsoLM, initialise
 from esolm_megatron.objective.esolm import OrderedRows
 
-FULL = Path(__file__).parents[2] / "shared" / "fixtures" / "official"
+FULL = Path(os.environ.get("ESOLM_REFERENCE_FIXTURES", Path(__file__).parents[2] / "shared" / "fixtures" / "official"))
 OURS = Path(__file__).parent / "fixtures" / "official"
 NUM_HEADS, LENGTH, MASK = 4, 32, 100
 

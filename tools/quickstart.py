@@ -68,22 +68,26 @@ def main() -> None:
     )  # fmt: skip
     stages.run("export", "convert", str(run), str(model))
     bounds = stages.run("evaluation", "eval", str(model), f"data={tokens}", "num_sequences=128", "orders=4", capture=True)
-    options = ["top_p=0.9", "temperature=0.8"]
-    free = stages.run("samples", "sample", str(model), "num_samples=3", f"prompt={PROMPT}", *options, capture=True)
-    holes = stages.run("infilling", "sample", str(model), "num_samples=3", f"infill={INFILL}", *options, capture=True)
-    write_samples(run / "samples.txt", free, holes)
+    options = ["num_samples=2", "top_p=0.9", "temperature=0.7"]
+    prompt, hole = f"prompt={PROMPT}", f"infill={INFILL}"
+    made = {
+        "left to right, alpha_0 = 0": stages.run("samples", "sample", str(model), prompt, "alpha_0=0", *options, capture=True),
+        "as trained, first tokens in parallel": stages.run("diffusion", "sample", str(model), prompt, *options, capture=True),
+        "a hole filled in": stages.run("infilling", "sample", str(model), hole, "alpha_0=0", *options, capture=True),
+    }
+    write_samples(run / "samples.txt", made)
     summary = summarise(run, bounds, stages.seconds)
     (run / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     show(run, summary)
 
 
-def write_samples(path: Path, free: dict[str, Any], holes: dict[str, Any]) -> None:
-    """Generated and infilled texts, with what they were made from."""
-    parts = [f"# Continuations of {PROMPT!r}"]
-    parts += [sample["text"] for sample in free["samples"]]
-    parts += [f"# Fillings of {INFILL!r}"]
-    parts += [sample["text"] for sample in holes["samples"]]
-    path.write_text(f"\n\n{'-' * 100}\n\n".join(parts) + "\n")
+def write_samples(path: Path, made: dict[str, dict[str, Any]]) -> None:
+    """Generated and infilled texts, under a line that says how they were made."""
+    parts = []
+    for title, result in made.items():
+        for sample in result["samples"]:
+            parts.append(f"{'-' * 20} {title}, log p = {sample['log_prob']:.1f} {'-' * 20}\n{sample['text']}")
+    path.write_text("\n\n".join(parts) + "\n")
 
 
 def summarise(run: Path, bounds: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
