@@ -176,7 +176,11 @@ def _data_verify(args: argparse.Namespace) -> int:
     from esolm_megatron.data.verify import verify
 
     report = verify(args.path)
-    show("\n".join([f"{args.path}: {'sound' if report.ok else 'DAMAGED'}", *report.problems]), lambda: vars(report), args.json)
+    show(
+        "\n".join([f"{args.path}: {'sound' if report.ok else 'DAMAGED'}", *report.problems]),
+        lambda: vars(report),
+        args.json,
+    )
     return 0 if report.ok else 1
 
 
@@ -390,7 +394,9 @@ def parser() -> argparse.ArgumentParser:
             made.add_argument("--mfu", type=float, default=0.4, help="share of its peak that is assumed")
     data = verb("data", run_data, "tokens: prepare, verify, show, train-tokenizer, corpus")
     data.add_argument("action", choices=["prepare", "verify", "show", "train-tokenizer", "corpus"])
-    data.add_argument("path", metavar="PATH", help="a YAML file (prepare), prepared data (verify, show), text, or a folder")
+    data.add_argument(
+        "path", metavar="PATH", help="a YAML file (prepare), prepared data (verify, show), text, or a folder"
+    )
     fields(data, "override fields")
     made = verb("eval", run_eval, "perplexity bounds of a converted model")
     made.add_argument("path", metavar="MODEL", help="folder made by esolm convert")
@@ -418,7 +424,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except (UserError, ValueError, OSError) as error:  # what users can mend: said in one piece, without a traceback
-        Console(stderr=True, soft_wrap=True).print(f"esolm {args.verb}: {error}", style="red", markup=False, highlight=False)
+        Console(stderr=True, soft_wrap=True).print(
+            f"esolm {args.verb}: {error}", style="red", markup=False, highlight=False
+        )
         return 2 if isinstance(error, ValueError) else 1
 
 

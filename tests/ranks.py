@@ -51,7 +51,9 @@ def run_ranks(function, world_size, *args, timeout=120):
         results = []
         for rank in range(world_size):
             path = Path(folder, f"{rank}.result")
-            results.append(pickle.loads(path.read_bytes()) if path.exists() else ("error", "no answer: it hung or died"))
+            results.append(
+                pickle.loads(path.read_bytes()) if path.exists() else ("error", "no answer: it hung or died")
+            )
     failed = [f"rank {rank}:\n{text}" for rank, (status, text) in enumerate(results) if status == "error"]
     if failed:
         raise AssertionError("\n".join(failed))

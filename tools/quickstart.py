@@ -44,7 +44,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", default="runs", help="folder for data and run (default: runs)")
     parser.add_argument("--processes", default="2", help="training processes (default: 2)")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="changes to configs/quickstart.yaml")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.field=value", help="changes to configs/quickstart.yaml"
+    )
     return parser.parse_args()
 
 
@@ -67,12 +69,18 @@ def main() -> None:
         f"data.path={tokens}", *args.overrides,
     )  # fmt: skip
     stages.run("export", "convert", str(run), str(model))
-    bounds = stages.run("evaluation", "eval", str(model), f"data={tokens}", "num_sequences=128", "orders=4", capture=True)
+    bounds = stages.run(
+        "evaluation", "eval", str(model), f"data={tokens}", "num_sequences=128", "orders=4", capture=True
+    )
     options = ["num_samples=2", "top_p=0.9", "temperature=0.7"]
     prompt, hole = f"prompt={PROMPT}", f"infill={INFILL}"
     made = {
-        "left to right, alpha_0 = 0": stages.run("samples", "sample", str(model), prompt, "alpha_0=0", *options, capture=True),
-        "as trained, first tokens in parallel": stages.run("diffusion", "sample", str(model), prompt, *options, capture=True),
+        "left to right, alpha_0 = 0": stages.run(
+            "samples", "sample", str(model), prompt, "alpha_0=0", *options, capture=True
+        ),
+        "as trained, first tokens in parallel": stages.run(
+            "diffusion", "sample", str(model), prompt, *options, capture=True
+        ),
         "a hole filled in": stages.run("infilling", "sample", str(model), hole, "alpha_0=0", *options, capture=True),
     }
     write_samples(run / "samples.txt", made)
@@ -111,7 +119,9 @@ def summarise(run: Path, bounds: dict[str, Any], seconds: dict[str, float]) -> d
 def show(run: Path, summary: dict[str, Any]) -> None:
     """The summary as a table, and where everything is."""
     table = Table(title="Quickstart", show_header=False)
-    table.add_row("training loss, first and last", f"{summary['first_training_loss']:.3f} -> {summary['last_training_loss']:.3f}")
+    table.add_row(
+        "training loss, first and last", f"{summary['first_training_loss']:.3f} -> {summary['last_training_loss']:.3f}"
+    )
     for name, estimate in summary["validation"].items():
         value = f"{estimate['nats_per_token']:.3f} nats per token, perplexity {estimate['perplexity']:.1f}"
         table.add_row(f"validation, {name}", f"{value}\n{estimate['estimator']}")

@@ -92,8 +92,8 @@ def _block_problems(values: np.ndarray, starts: np.ndarray, manifest: Manifest) 
 
 def show(folder: str | Path, split: str = "train", rows: int = 4, seq_length: int = 256) -> list[str]:
     """The first `rows` rows of `seq_length` tokens of a split, in storage order, as text."""
-    tokenizer = load_tokenizer(Path(folder) / "tokenizer")
     data = ValidationSet(folder, split=split, seq_length=seq_length)
+    tokenizer = load_tokenizer(Path(folder) / "tokenizer")
     batch = data.rows(range(min(rows, len(data))))
     data.close()
     return [tokenizer.decode(row[valid].tolist()) for row, valid in zip(batch.tokens, batch.valid, strict=True)]

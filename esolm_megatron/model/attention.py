@@ -70,10 +70,7 @@ class PackedAttention:
         row, token = self.layout.num_plain, causal
         for group_rows, capacity in self.layout.groups:
             end = token + group_rows * capacity
-            masks = [
-                x[token:end].view(group_rows, capacity, *x.shape[1:]).transpose(1, 2)
-                for x in (q, k, v)
-            ]
+            masks = [x[token:end].view(group_rows, capacity, *x.shape[1:]).transpose(1, 2) for x in (q, k, v)]
             clean = [x[row : row + group_rows] for x in rows[1:]]
             out = mask_stream_attention(*masks, *clean)
             parts.append(out.transpose(1, 2).reshape(end - token, *q.shape[1:]))
@@ -131,7 +128,9 @@ class _MaskStream(torch.autograd.Function):
         total, pieces = score, []
         for part in _parts(q.shape[2], k_clean.shape[2]):
             keys = slice(part.key, part.key_end)
-            out, lse = flash_forward(q[:, :, part.query :], k_clean[:, :, keys], v_clean[:, :, keys], part.causal, scale)
+            out, lse = flash_forward(
+                q[:, :, part.query :], k_clean[:, :, keys], v_clean[:, :, keys], part.causal, scale
+            )
             pieces.append((part.query, out, lse))
             seen = torch.logaddexp(total[:, :, part.query :], lse)
             total = torch.cat([total[:, :, : part.query], seen], dim=2) if part.query else seen

@@ -244,7 +244,9 @@ class VocabHead(nn.Module):
         logits = _Fp32Logits.apply(x, matrix) if low else F.linear(x, matrix)
         if self.bias is not None:
             logits = logits + self.bias.to(logits.dtype)
-        logits[:, max(self.mask_id - self.start, 0) :] = float("-inf")  # in place: nothing saved for backward is changed
+        logits[:, max(self.mask_id - self.start, 0) :] = float(
+            "-inf"
+        )  # in place: nothing saved for backward is changed
         return logits
 
 

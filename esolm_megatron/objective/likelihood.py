@@ -53,7 +53,9 @@ def check_rows(tokens: Tensor, order: Tensor, mask_id: int) -> None:
     if not torch.equal(order.sort(dim=1).values, torch.arange(order.shape[1], device=order.device).expand_as(order)):
         raise ValueError(f"order: each row must hold every position 0 to {order.shape[1] - 1} once")
     if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < mask_id:
-        raise ValueError(f"tokens: ids must lie in 0 to {mask_id - 1}, found {int(tokens.min())} to {int(tokens.max())}")
+        raise ValueError(
+            f"tokens: ids must lie in 0 to {mask_id - 1}, found {int(tokens.min())} to {int(tokens.max())}"
+        )
 
 
 def importance_weighted(log_p: Tensor) -> Tensor:

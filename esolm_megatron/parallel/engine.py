@@ -147,5 +147,3 @@ class Engine:
     def close(self) -> None:
         """Leave the run."""
         groups.stop()
-
-

@@ -21,7 +21,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # megatron-core overlaps communication by launch order
 
-with warnings.catch_warnings():  # each names Apex and Transformer Engine as missing; esolm doctor says it once, with the cost
+with (
+    warnings.catch_warnings()
+):  # each names Apex and Transformer Engine as missing; esolm doctor says it once, with the cost
     warnings.simplefilter("ignore")
     import deepspeed
     import megatron.core.parallel_state as ps
@@ -53,7 +55,9 @@ def device_of(config: Config) -> torch.device:
     """
     wanted, there = config.train.device, torch.cuda.is_available()
     if wanted == "cuda" and not there:
-        raise ConfigError("train.device = cuda: torch sees no GPU here; set train.device=cpu or auto, or see esolm doctor")
+        raise ConfigError(
+            "train.device = cuda: torch sees no GPU here; set train.device=cpu or auto, or see esolm doctor"
+        )
     if wanted == "cpu" or not there:
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -73,7 +77,9 @@ def start(config: Config) -> tuple[Topology, torch.device]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif torch.cuda.is_available():
-        raise ConfigError("train.device = cpu: on a machine with GPUs hide them, CUDA_VISIBLE_DEVICES='', or use device=auto")
+        raise ConfigError(
+            "train.device = cpu: on a machine with GPUs hide them, CUDA_VISIBLE_DEVICES='', or use device=auto"
+        )
     else:
         torch.cuda.current_device = lambda: device  # type: ignore[assignment,return-value]
         schedules.torch = TorchOnCpu()

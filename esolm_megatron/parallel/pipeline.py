@@ -19,9 +19,7 @@ from esolm_megatron.parallel.layers import MegatronLinears
 from esolm_megatron.topology import Topology, layers_of_chunk
 
 
-def build_chunks(
-    config: Config, megatron: TransformerConfig, topology: Topology, device: torch.device
-) -> list[EsoLM]:
+def build_chunks(config: Config, megatron: TransformerConfig, topology: Topology, device: torch.device) -> list[EsoLM]:
     """This stage's chunks of the network, initialised from config.seed."""
     linears = MegatronLinears(megatron, topology, device)
     num_stages, num_chunks = topology.pipeline_size, config.parallel.virtual_pipeline_size

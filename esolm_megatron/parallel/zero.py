@@ -261,9 +261,7 @@ def flat_boxes(shape: tuple[int, ...], start: int, count: int) -> Iterator[Box]:
 def intersection(local: Box, box: Box) -> Box | None:
     """What two boxes of a rank's piece share, placed in the whole by the second."""
     start = tuple(max(a, b) for a, b in zip(local.local, box.local, strict=True))
-    stop = tuple(
-        min(a + n, b + m) for a, n, b, m in zip(local.local, local.shape, box.local, box.shape, strict=True)
-    )
+    stop = tuple(min(a + n, b + m) for a, n, b, m in zip(local.local, local.shape, box.local, box.shape, strict=True))
     if any(a >= b for a, b in zip(start, stop, strict=True)):
         return None
     whole = tuple(w + a - b for w, a, b in zip(box.whole, start, box.local, strict=True))

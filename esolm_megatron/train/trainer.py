@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import shutil
@@ -101,7 +100,7 @@ def _train(config: Config, engine: Engine, stop: StopRequest) -> Outcome:
     num_micro_batches = t.global_batch_size // (t.micro_batch_size * top.data_size)
     saved, loss, nelbo, step = start, None, None, start
     with stream.prefetch(start, t.num_steps, config.data.prefetch_batches) as batches:
-        for step, batch in zip(itertools.count(start + 1), batches):  # noqa: B905
+        for step, batch in enumerate(batches, start + 1):
             noised = draw_step(
                 batch.tokens,
                 batch.valid,

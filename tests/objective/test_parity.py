@@ -52,7 +52,9 @@ def test_loss_and_gradients(name, dtype, tolerance):
             theirs = case[f"{label}.per_token_loss_sorted"]
             valid = case["valid_tokens"].bool()
             valid = valid[: len(theirs)] if label == "diff" else valid[-len(theirs) :]
-            seen = valid.gather(1, case[f"{label}.sort_idx"].long())  # the reference masks padding too, and drops it later
+            seen = valid.gather(
+                1, case[f"{label}.sort_idx"].long()
+            )  # the reference masks padding too, and drops it later
             close(mine, theirs[(theirs != 0) & seen], tolerance, f"{label} token losses")
     loss = mean_loss(part_sums(losses, batch), counts)
     close(loss, case["loss_full_precision"], tolerance, "loss")
@@ -77,7 +79,9 @@ def test_logits(name):
     if "seq.logits" in case:
         theirs = case["seq.logits"]
         mine = logits[-theirs.shape[0] * 32 :].view(theirs.shape)
-        masked = torch.from_numpy(np.take_along_axis(case["seq.z0"].numpy(), case["seq.sort_idx"].long().numpy(), 1) == MASK)
+        masked = torch.from_numpy(
+            np.take_along_axis(case["seq.z0"].numpy(), case["seq.sort_idx"].long().numpy(), 1) == MASK
+        )
         close(mine[masked][:, :MASK], theirs[masked][:, :MASK], 1e-10, "sequential logits")
 
 

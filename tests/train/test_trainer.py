@@ -28,7 +28,11 @@ def tokens(tmp_path_factory):
     source = Path(__file__).parents[2] / "esolm_megatron"
     prepare(
         PrepareConfig(
-            inputs=(str(source),), output=str(folder / "tokens"), validation_fraction=0.2, block_tokens=4096, num_processes=1
+            inputs=(str(source),),
+            output=str(folder / "tokens"),
+            validation_fraction=0.2,
+            block_tokens=4096,
+            num_processes=1,
         ),
         progress=False,
     )
@@ -61,7 +65,9 @@ def start(config, folder, processes=1):
     file.write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "esolm_megatron", "train", str(file), f"--processes={processes}"]
     command[-1:] = command[-1:] if processes > 1 else []
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
 
 
 def finish(process, timeout=120):

@@ -1,0 +1,185 @@
+"""The whole path through the command line: text, shards, TP x PP x ZeRO training, export, bounds, text again; and bad input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from esolm_megatron import load_pretrained
+from esolm_megatron.cli import main, parse_infill
+from esolm_megatron.config import ConfigError
+
+pytestmark = pytest.mark.end_to_end
+SOURCE = Path(__file__).parents[1] / "esolm_megatron"
+RUN = {
+    "name": "small",
+    "model": {
+        "num_layers": 2, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "seq_length": 64, "norm": "rmsnorm",
+        "activation": "swiglu", "mlp_bias": False, "output_bias": False, "tied_embeddings": True, "qk_norm": True,
+    },
+    "objective": {"alpha_0": 0.25},
+    "train": {
+        "num_steps": 40, "global_batch_size": 8, "micro_batch_size": 4, "precision": "fp32", "log_every_steps": 5,
+        "device": "cpu",
+    },
+    "optim": {"lr": 1e-2, "warmup_steps": 4, "ema_decay": 0.8},
+    "parallel": {"tensor_size": 2, "pipeline_size": 2, "sequence_parallel": True},
+    "evaluate": {"every_steps": 20, "num_sequences": 8},
+    "log": {"wandb": "offline"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with tokenizer, tokens, a run on 4 processes and its export."""
+    top = tmp_path_factory.mktemp("cli")
+    (top / "prepare.yaml").write_text(yaml.safe_dump({"inputs": [str(SOURCE)], "output": str(top / "tokens")}))
+    options = [f"tokenizer={top}/tokenizer", "validation_fraction=0.2", "block_tokens=4096", "num_processes=1"]
+    assert main(["data", "train-tokenizer", str(SOURCE), f"output={top}/tokenizer", "vocab_size=400"]) == 0
+    assert main(["data", "prepare", str(top / "prepare.yaml"), *options]) == 0
+    (top / "run.yaml").write_text(yaml.safe_dump(RUN | {"runs_dir": str(top), "data": {"path": str(top / "tokens")}}))
+    train(top)
+    assert main(["convert", str(top / "small"), str(top / "model")]) == 0
+    return top
+
+
+def train(top, *words):
+    command = [sys.executable, "-m", "esolm_megatron", "train", str(top / "run.yaml"), "--processes", "4", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def answer(capsys, *words):
+    capsys.readouterr()
+    assert main([*map(str, words), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_training_learns_and_reports(folder):
+    lines = [json.loads(x) for x in (folder / "small" / "metrics.jsonl").read_text().splitlines()]
+    losses = [x["loss"] for x in lines if "loss" in x]
+    assert losses[-1] < losses[0] - 1
+    assert all(x["tokens_per_s"] > 0 and 0 < x["mfu"] < 1 for x in lines if "loss" in x)
+
+
+def test_evaluation_agrees_with_training(folder, capsys):
+    found = answer(capsys, "eval", folder / "model", f"data={folder}/tokens", "num_sequences=8", "orders=3")
+    lines = [json.loads(x) for x in (folder / "small" / "metrics.jsonl").read_text().splitlines()]
+    trained = [x["validation_nelbo"] for x in lines if "validation_nelbo" in x][-1]
+    nelbo = found["nelbo"]
+    assert abs(nelbo["nats_per_token"] - trained) < 5 * nelbo["standard_error"] + 0.05
+    assert found["importance_weighted"]["nats_per_token"] <= found["any_order"]["nats_per_token"]
+    assert found["unigram_entropy"] > 3
+
+
+def test_samples_have_exact_log_probabilities(folder, capsys):
+    made = answer(capsys, "sample", folder / "model", "num_samples=3", "prompt=def ", "alpha_0=0.5", "seed=4")
+    model = load_pretrained(folder / "model", dtype=torch.float64)
+    prompt = model.tokenizer.encode("def ")
+    for sample in made["samples"]:
+        assert sample["text"].startswith("def ")
+        assert sample["tokens"][: len(prompt)] == prompt
+    again = model.sample(3, 64, alpha_0=0.5, seed=4, prompt=torch.tensor(prompt), schedule="uniform")
+    scored = torch.ones(3, 64, dtype=torch.bool)
+    scored[:, : len(prompt)] = False
+    exact = model.log_likelihood(again[0], again.order, scored=scored)
+    assert torch.allclose(exact, again[1].sum(1), atol=1e-9)
+
+
+def test_infilling_keeps_the_text_around_the_hole(folder, capsys):
+    made = answer(capsys, "sample", folder / "model", "num_samples=2", r"infill=import os\n[[5]]\nimport sys\n")
+    for sample in made["samples"]:
+        assert sample["text"].startswith("import os\n")
+        assert sample["text"].endswith("\nimport sys\n")
+    assert made["num_forward_passes"] >= 5
+
+
+def test_parse_infill():
+    ids, positions, length = parse_infill("ab[[3]]c[[2]]", lambda text: [ord(c) for c in text])
+    assert (ids, positions, length) == ([97, 98, 99], [0, 1, 5], 8)
+    with pytest.raises(ConfigError, match="no hole"):
+        parse_infill("abc", list)
+
+
+def test_training_again_continues_the_same_wandb_run(folder):
+    first = (folder / "small" / "wandb_id").read_text()
+    train(folder, "train.num_steps=42")
+    assert (folder / "small" / "wandb_id").read_text() == first
+    logs = {p.name.split("-")[-1] for p in (folder / "small" / "wandb").glob("offline-run-*")}
+    assert logs == {first}
+    steps = [json.loads(x)["step"] for x in (folder / "small" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+    assert steps[-1] == 42
+
+
+def test_both_weights_convert_and_differ(folder, capsys):
+    report = answer(capsys, "convert", folder / "small", folder / "last", "weights=last", "dtype=bf16", "step=40")
+    assert report["step"] == 40
+    assert 0 < report["max_difference"] < report["tolerance"], "bf16 rounds"
+    ema, last = (load_pretrained(folder / name).model.state_dict() for name in ("model", "last"))
+    assert not torch.equal(ema["final_norm.weight"], last["final_norm.weight"])
+
+
+def test_a_fresh_process_can_load_without_megatron(folder):
+    code = (
+        "import sys\nfor name in ('megatron', 'deepspeed'): sys.modules[name] = None\n"
+        "from esolm_megatron import load_pretrained\n"
+        f"m = load_pretrained({str(folder / 'model')!r})\n"
+        "t, p = m.sample(2, 16, steps=4)\nassert t.shape == p.shape == (2, 16)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_plan_and_doctor(capsys):
+    plan = answer(capsys, "plan", "configs/scale/7b.yaml")
+    assert 6e9 < plan["parameters"] < 8e9
+    assert {"torch", "megatron-core", "GPU", "SLURM"} <= {x["subject"] for x in answer(capsys, "doctor")["findings"]}
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (["plan", "nowhere.yaml"], 2, "nowhere.yaml: cannot be read"),
+        (["train", "{run}", "optim.lr=-1", "model.num_headz=3"], 2, "did you mean model.num_heads"),
+        (["train", "{run}", "data.path={top}/none"], 1, "none"),
+        (["train", "{run}", "--processes", "3"], 2, "multiple of parallel.tensor_size x pipeline_size"),
+        (["train", "{run}", "optim.lr=0.5", "--processes", "4"], 2, "optim.lr: was 0.01, now 0.5"),
+        (["eval", "{top}/model"], 2, "data: Field required"),
+        (["eval", "{top}/small", "data={top}/tokens"], 2, "config.json"),
+        (["sample", "{top}/model", "top_q=0.5"], 2, "known here: num_samples"),
+        (["sample", "{top}/model", "prompt=a", "infill=b[[2]]"], 2, "give one of them"),
+        (["sample", "{top}/model", "length=2", "prompt=import os.path as something"], 2, "length"),
+        (["convert", "{top}/small", "{top}/model"], 2, "model"),
+        (["convert", "{top}/tokens", "{top}/new"], 2, "no checkpoint"),
+        (["convert", "{run}", "{top}/new", "--from", "reference"], 2, "run.yaml"),
+        (["data", "prepare", "{top}/prepare.yaml", "inputs=[{top}/none]"], 2, "none"),
+        (
+            ["data", "prepare", "{top}/prepare.yaml", "block_tokens=8192", "tokenizer={top}/tokenizer"],
+            2,
+            "block_tokens",
+        ),
+        (["data", "show", "{top}/none"], 1, "prepare the data"),
+    ],
+)
+def test_bad_input_is_refused_in_one_piece(folder, capsys, words, status, message):
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+    words = [w.format(top=folder, run=folder / "run.yaml") for w in words]
+    assert main(words) == status
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()} == before, "nothing was written"
+
+
+def test_shards_are_plain_webdataset(folder):
+    import webdataset
+
+    (shard, *_) = sorted(str(p) for p in (folder / "tokens" / "shards").glob("train*.tar"))
+    sample = next(iter(webdataset.WebDataset(shard, shardshuffle=False).decode()))
+    assert sample["tokens.npy"].dtype == np.uint16
