@@ -220,11 +220,11 @@ def test_python_in_a_page_runs(walk, tmp_path, page, code):
 def test_the_folders_in_the_readme_are_those_that_the_commands_leave(walk):
     (tree,) = [block for block in blocks(ROOT / "README.md", "") if block.startswith("runs/")]
     assert {"model/", "metrics.jsonl", "checkpoints/step_*/"} <= set(tree.split())
-    at = {2: "runs/data/python", 0: "runs"}
+    at = {}
     for line in tree.splitlines():
-        indent, names = len(line) - len(line.lstrip()), re.split(r"  {3,}", line.strip())[0].split()
+        indent, names = len(line) - len(line.lstrip()), re.split(r" {3,}", line.strip())[0].split()
         at = {k: v for k, v in at.items() if k < indent}
-        parent = walk[0] / at[max(at)] if at else walk[0]
+        parent = at[max(at)] if at else walk[0]
         for name in names:
             if name not in ("samples.txt", "summary.json"):  # written by tools/quickstart.py itself
                 assert list(parent.glob(name.rstrip("/"))), f"{parent / name} is not there"

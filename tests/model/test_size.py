@@ -53,9 +53,12 @@ def test_a_tensor_rank_holds_the_cut_parts_and_the_whole_ones(values):
     assert 5 * part == whole + 4 * vectors + padding
 
 
-def test_capacity_is_the_one_that_the_objective_uses():
+def test_capacity_holds_six_deviations_and_fits_the_layout():
     for length, alpha_0, multiple in itertools.product((29, 1024, 4096), (0, 0.125, 0.25, 0.5, 0.9), (64, 7)):
-        assert size.mask_capacity(length, alpha_0, multiple) == esolm.mask_capacity(length, alpha_0, multiple)
+        capacity, deviation = size.mask_capacity(length, alpha_0, multiple), (length * alpha_0 * (1 - alpha_0)) ** 0.5
+        needed = length * (1 - alpha_0) + 6 * deviation
+        assert capacity == length or (capacity % multiple == 0 and needed <= capacity < needed + multiple + 1)
+        assert capacity <= length
 
 
 def drawn_flops(shape, objective, rows=4000):
