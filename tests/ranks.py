@@ -11,8 +11,8 @@ import tempfile
 import traceback
 from pathlib import Path
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "esolm_megatron.parallel.engine"])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch", "esolm_megatron.parallel.engine"])
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -38,7 +38,7 @@ def run_ranks(function, world_size, *args, timeout=120):
     """What `function(*args)` returns on each of `world_size` processes; fails with the tracebacks of those that fail."""
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            _CONTEXT.Process(target=_child, args=(function, rank, world_size, folder, args))
+            CONTEXT.Process(target=_child, args=(function, rank, world_size, folder, args))
             for rank in range(world_size)
         ]
         for process in processes:

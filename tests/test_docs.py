@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from ranks import _CONTEXT
+from ranks import CONTEXT
 
 from esolm_megatron.cli import parser
 from esolm_megatron.config import Config, Section, load, world_problems
@@ -172,7 +172,7 @@ def in_child(file, folder, words, code):
 
 def said(folder, file, words=(), code=""):
     """(status, output) of a command line or of Python code, run in a process that has torch imported already."""
-    process = _CONTEXT.Process(target=in_child, args=(str(file), str(folder), list(words), code))
+    process = CONTEXT.Process(target=in_child, args=(str(file), str(folder), list(words), code))
     process.start()
     process.join(30)
     if process.is_alive():

@@ -6,6 +6,7 @@ RUNS/quickstart: config.yaml, metrics.jsonl, loss.png, model/, samples.txt, summ
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -28,7 +29,8 @@ class Stages:
 
     def run(self, name: str, *words: str, capture: bool = False) -> Any:
         """Run `esolm WORDS`; with `capture`, what its --json printed."""
-        CONSOLE.print(f"\n[bold]{name}[/bold]  esolm {' '.join(words)}", highlight=False, soft_wrap=True)
+        shown = shlex.join(["esolm", *(word.replace("\n", "\\n") for word in words)])
+        CONSOLE.print(f"\n{name}: {shown}", highlight=False, soft_wrap=True, markup=False, style="bold")
         start = time.perf_counter()
         command = [sys.executable, "-m", "esolm_megatron", *words, *(["--json"] if capture else [])]
         done = subprocess.run(command, stdout=subprocess.PIPE if capture else None, text=True, check=False)
