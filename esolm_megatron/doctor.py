@@ -114,11 +114,12 @@ _USES = {
     "webdataset": "shards are written and read without it; its tests and other readers of the shards are missing",
     "wandb": "log.wandb must stay off; metrics.jsonl is written in any case",
     "matplotlib": "no loss.png",
+    "tiktoken": "esolm data prepare tokenizes with the tokenizers library, several times slower; equal tokens",
 }
 """What is missing without a package; packages that are not named here are needed by everything."""
 
 _FOR_TRAINING = ("megatron-core", "deepspeed")
-_ADVISORY = ("webdataset", "wandb", "matplotlib")
+_ADVISORY = ("webdataset", "wandb", "matplotlib", "tiktoken")
 
 
 def _packages(machine: Machine) -> list[Finding]:
