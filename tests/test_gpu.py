@@ -1,0 +1,74 @@
+"""What differs on a GPU: flash kernels, bf16 matrices with fp32 logits, the sampler, one training step over NCCL."""
+
+import pytest
+import torch
+from truth import MODERN, make_config, plain_loss, plain_model, share_of_step
+
+from esolm_megatron.model.attention import PackedAttention, mask_stream_attention
+from esolm_megatron.model.layers import PlainLinears
+from esolm_megatron.model.transformer import EsoLM
+from esolm_megatron.objective.esolm import part_sums
+from esolm_megatron.sample import sample, schedule_log_probs
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+WIDE = MODERN | {"hidden_size": 192, "num_heads": 6, "num_kv_heads": 2, "seq_length": 256, "vocab_size": 1001}
+
+
+@pytest.mark.parametrize(("capacity", "length"), [(192, 512), (512, 512), (1, 64)])
+def test_mask_stream_in_bf16_is_the_fp32_one(capacity, length):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 4, capacity, 64)] + [(2, 2, n, 64) for n in (capacity, capacity, length, length)]
+    exact = [torch.randn(s, generator=generator).bfloat16().float().requires_grad_() for s in shapes]
+    rounded = [x.detach().cuda().bfloat16().requires_grad_() for x in exact]
+    truth, ours = mask_stream_attention(*exact), mask_stream_attention(*rounded)
+    assert (ours.float().cpu() - truth).abs().max() < 0.02
+    grad = torch.randn(truth.shape, generator=generator).bfloat16()
+    theirs = torch.autograd.grad(truth, exact, grad.float())
+    for a, b in zip(torch.autograd.grad(ours, rounded, grad.cuda()), theirs, strict=True):
+        assert (a.float().cpu() - b).norm() / b.norm() < 0.01
+
+
+@pytest.mark.parametrize("alpha_0", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+def test_loss_and_gradients_are_those_of_the_cpu(alpha_0, dtype, tolerance):
+    config = make_config(WIDE, objective={"alpha_0": alpha_0})
+    noised = share_of_step(config, 0, num_micro_batches=1)
+    model = plain_model(config)
+    loss = plain_loss(model, noised)
+    loss.backward()
+    there = EsoLM(config.model, PlainLinears(dtype, "cuda"))
+    there.load_state_dict(model.state_dict())
+    batch = noised.micro_batches[0].to(torch.device("cuda"))
+    losses = there(
+        batch.tokens, batch.positions, PackedAttention(batch.layout), places=batch.places, targets=batch.targets
+    )
+    assert losses.dtype == torch.float32
+    own = (part_sums(losses, batch) / noised.num_valid.clamp(min=1).to(losses)).sum()
+    own.backward()
+    assert own.item() == pytest.approx(loss.item(), rel=tolerance)
+    for (name, a), b in zip(there.named_parameters(), model.parameters(), strict=True):
+        assert (a.grad.float().cpu() - b.grad).norm() <= 2 * tolerance * b.grad.norm() + 1e-6, name
+
+
+def test_sampler_gives_its_own_log_probabilities():
+    config = make_config(WIDE)
+    model = EsoLM(config.model, PlainLinears(torch.float32, "cuda"))
+    model.load_state_dict(plain_model(config).state_dict())
+    made = sample(model, 3, 64, alpha_0=0.5, steps=8, top_p=0.9, seed=1)
+    again = schedule_log_probs(model, made[0], made.order, made.ks)
+    torch.testing.assert_close(made[1], again, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_steps_lower_the_loss(precision):
+    pytest.importorskip("megatron.core")
+    from esolm_megatron.parallel.engine import Engine
+
+    config = make_config(WIDE, train={"device": "cuda", "precision": precision}, optim={"lr": 1e-3, "clip_grad": 1.0})
+    engine = Engine(config)
+    truth = plain_loss(plain_model(config), share_of_step(config, 0, num_micro_batches=1)).item()
+    noised = share_of_step(config, 0)
+    losses = [engine.train_step(noised, 1e-3).loss for _ in range(8)]
+    engine.close()
+    assert losses[0] == pytest.approx(truth, rel=1e-3 if precision == "fp32" else 2e-2)
+    assert losses[-1] < losses[0] - 0.1
