@@ -15,12 +15,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +29,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from esolm_megatron.boxes import (
+    KINDS,
+    Box,
+    CheckpointError,
+    DamagedCheckpoint,
+    Indexed,
+    Piece,
+    add_boxes,
+    bounds,
+    check_cover,
+    check_piece,
+    slices,
+)
 from esolm_megatron.tensorfile import Entry, FileFacts, sha256_of, sync_folder, write_json, write_tensors
 
 FORMAT, VERSION = "esolm-checkpoint", 1
-KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
 MANIFEST, PROBE = "manifest.json", "probe.safetensors"
 
 _STEP = re.compile(r"step_(\d{8,})")
@@ -41,28 +52,6 @@ _LEFTOVER = re.compile(r"step_\d{8,}\.(tmp|deleted)-.+")
 _OPEN_FILES = 64
 
 logger = logging.getLogger(__name__)
-
-
-class CheckpointError(OSError):
-    """A checkpoint that cannot be written or used; what a caller does about a full disk, it does about this."""
-
-
-class DamagedCheckpoint(CheckpointError):
-    """A checkpoint that was whole once: a file is missing, cut short or changed."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A box of a whole tensor: `tensor` starts at `offset` in the tensor `name`, which has `whole_shape`.
-
-    kind: one of KINDS. Any number of dimensions, none included; the three shapes have the same number.
-    """
-
-    kind: str
-    name: str
-    whole_shape: tuple[int, ...]
-    offset: tuple[int, ...]
-    tensor: Tensor
 
 
 def step_folder(run_dir: str | Path, step: int) -> Path:
@@ -92,7 +81,7 @@ def write_rank(folder_tmp: str | Path, rank: int, pieces: Iterable[Piece]) -> No
     folder, stem = Path(folder_tmp), _stem(rank)
     listed = sorted((p for p in pieces if p.tensor.numel()), key=lambda p: -p.tensor.element_size())
     for piece in listed:
-        _check_piece(piece)
+        check_piece(piece)
     keys = [f"{p.kind}/{p.name}/{','.join(map(str, p.offset))}" for p in listed]
     entries = [Entry(key, p.tensor.dtype, tuple(p.tensor.shape)) for key, p in zip(keys, listed, strict=True)]
     boxes = [
@@ -118,23 +107,6 @@ def write_rank(folder_tmp: str | Path, rank: int, pieces: Iterable[Piece]) -> No
 
 def _stem(rank: int) -> str:
     return f"rank_{rank:05d}"
-
-
-def _check_piece(piece: Piece) -> None:
-    what, shape = f"{piece.kind} {piece.name}", tuple(piece.tensor.shape)
-    if piece.kind not in KINDS:
-        raise CheckpointError(f"{what}: unknown kind {piece.kind!r}; use one of {', '.join(KINDS)}")
-    if not piece.tensor.is_floating_point():
-        raise CheckpointError(f"{what}: {piece.tensor.dtype} is no floating type; put whole numbers into the manifest")
-    if not len(shape) == len(piece.offset) == len(piece.whole_shape):
-        raise CheckpointError(
-            f"{what}: shape {shape}, offset {piece.offset}, whole {piece.whole_shape} differ in length"
-        )
-    for size, start, whole in zip(shape, piece.offset, piece.whole_shape, strict=True):
-        if start < 0 or start + size > whole:
-            raise CheckpointError(
-                f"{what}: a box of {shape} at {piece.offset} reaches out of the whole {piece.whole_shape}"
-            )
 
 
 def commit(
@@ -163,7 +135,7 @@ def commit(
     files, index = _written(folder, world_size)
     for name, tensor in index.items():
         for boxes in tensor.kinds.values():
-            _check_cover(name, tensor.shape, boxes)
+            check_cover(name, tensor.shape, boxes)
     try:
         for path in folder.iterdir():
             if path.name not in files:
@@ -188,10 +160,10 @@ def commit(
         raise CheckpointError(f"{final}: cannot be committed: {error}") from error
 
 
-def _written(folder: Path, world_size: int) -> tuple[dict[str, FileFacts], dict[str, _Indexed]]:
+def _written(folder: Path, world_size: int) -> tuple[dict[str, FileFacts], dict[str, Indexed]]:
     """Facts of every rank's files, and the index of their boxes."""
     files: dict[str, FileFacts] = {}
-    index: dict[str, _Indexed] = {}
+    index: dict[str, Indexed] = {}
     for rank in range(world_size):
         listing = folder / f"{_stem(rank)}.json"
         if not listing.exists():
@@ -206,62 +178,8 @@ def _written(folder: Path, world_size: int) -> tuple[dict[str, FileFacts], dict[
             raise CheckpointError(
                 f"{folder.name}/{tree['file']}: {found} where rank {rank} wrote {tree['bytes']} bytes"
             )
-        _add_boxes(index, tree)
+        add_boxes(index, tree)
     return files, index
-
-
-@dataclass
-class _Box:
-    file: str
-    key: str
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
-
-
-@dataclass
-class _Indexed:
-    """A whole tensor, and for each kind the boxes that hold it."""
-
-    shape: tuple[int, ...]
-    kinds: dict[str, list[_Box]]
-
-
-def _add_boxes(index: dict[str, _Indexed], listing: Mapping[str, Any]) -> None:
-    for item in listing["boxes"]:
-        name, whole = item["name"], tuple(item["whole_shape"])
-        tensor = index.setdefault(name, _Indexed(whole, {}))
-        if tensor.shape != whole:
-            raise CheckpointError(
-                f"{name}: {listing['file']} says its whole shape is {whole}, another rank {tensor.shape}"
-            )
-        box = _Box(listing["file"], item["key"], tuple(item["offset"]), tuple(item["shape"]))
-        tensor.kinds.setdefault(item["kind"], []).append(box)
-
-
-def _bounds(boxes: Sequence[_Box]) -> tuple[np.ndarray, np.ndarray]:
-    """First and one-past-last indices of each box, (boxes, dimensions)."""
-    size = (len(boxes), len(boxes[0].shape))
-    starts = np.array([box.offset for box in boxes], np.int64).reshape(size)
-    return starts, starts + np.array([box.shape for box in boxes], np.int64).reshape(size)
-
-
-def _check_cover(name: str, whole: tuple[int, ...], boxes: Sequence[_Box]) -> None:
-    """Raise CheckpointError unless the boxes hold each element of the whole exactly once."""
-    starts, ends = _bounds(boxes)
-    for first in range(0, len(boxes), 256):
-        rows = slice(first, first + 256)
-        meet: np.ndarray = np.all((starts[rows, None] < ends[None]) & (ends[rows, None] > starts[None]), axis=-1)
-        meet[np.arange(len(meet)), first + np.arange(len(meet))] = False
-        if meet.any():
-            i, j = (int(n) for n in np.argwhere(meet)[0])
-            a, b = boxes[first + i], boxes[j]
-            raise CheckpointError(
-                f"{name}: overlap of the box of {a.shape} at {a.offset} in {a.file} "
-                f"and that of {b.shape} at {b.offset} in {b.file}"
-            )
-    held, wanted = int((ends - starts).prod(-1).sum()), math.prod(whole)
-    if held != wanted:
-        raise CheckpointError(f"{name}: gap: the boxes of all ranks hold {held} of the {wanted} elements of {whole}")
 
 
 class Checkpoint:
@@ -270,7 +188,7 @@ class Checkpoint:
     folder; step; manifest: the whole manifest; config_tree: the resolved configuration.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], index: dict[str, _Indexed]):
+    def __init__(self, folder: Path, manifest: dict[str, Any], index: dict[str, Indexed]):
         self.folder, self.manifest, self._index = folder, manifest, index
         self.step: int = manifest["step"]
         self.config_tree: dict[str, Any] = manifest["config"]
@@ -289,7 +207,7 @@ class Checkpoint:
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: no such checkpoint; give a folder step_XXXXXXXX")
         manifest = _read_manifest(folder)
-        index: dict[str, _Indexed] = {}
+        index: dict[str, Indexed] = {}
         for name, facts in manifest["files"].items():
             path = folder / name
             if not path.is_file():
@@ -299,7 +217,7 @@ class Checkpoint:
             if (verify or path.suffix == ".json") and sha256_of(path) != facts["sha256"]:
                 raise DamagedCheckpoint(f"{path}: its content has changed since it was written (sha256 differs)")
             if path.suffix == ".json":
-                _add_boxes(index, _read_json(path))
+                add_boxes(index, _read_json(path))
         return cls(folder, manifest, index)
 
     def kinds(self) -> list[str]:
@@ -352,18 +270,18 @@ class Checkpoint:
         if low.shape != (len(whole),) or high.shape != low.shape or (low < 0).any() or (high > np.array(whole)).any():
             raise CheckpointError(f"{name}: a box of {tuple(shape)} at {tuple(offset)} is not inside the whole {whole}")
         if (kind, name) not in self._covered:
-            _check_cover(name, whole, boxes)
+            check_cover(name, whole, boxes)
             self._covered.add((kind, name))
         out = torch.empty(tuple(shape), dtype=dtype)
-        starts, ends = _bounds(boxes)
+        starts, ends = bounds(boxes)
         for i in np.flatnonzero(((starts < high) & (ends > low)).all(-1)):
             first, last = np.maximum(starts[i], low), np.minimum(ends[i], high)
-            out[_slices(first - low, last - low)] = self._load(
-                boxes[i], _slices(first - starts[i], last - starts[i])
-            ).to(dtype)
+            out[slices(first - low, last - low)] = self._load(boxes[i], slices(first - starts[i], last - starts[i])).to(
+                dtype
+            )
         return out
 
-    def _load(self, box: _Box, part: tuple[slice, ...]) -> Tensor:
+    def _load(self, box: Box, part: tuple[slice, ...]) -> Tensor:
         path = self.folder / box.file
         try:
             if box.file not in self._files:
@@ -383,10 +301,6 @@ class Checkpoint:
             return load_file(self.folder / PROBE)
         except (OSError, SafetensorError) as error:
             raise DamagedCheckpoint(f"{self.folder / PROBE}: cannot be read: {error}") from error
-
-
-def _slices(first: Iterable[int], last: Iterable[int]) -> tuple[slice, ...]:
-    return tuple(slice(int(a), int(b)) for a, b in zip(first, last, strict=True))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
