@@ -6,8 +6,9 @@
         probe.safetensors        one input, and what the training model answered
         manifest.json            step, configuration, layout, versions, data, every tensor, every file's size and hash
 
-Each rank calls `write_rank` into the staging folder; when all have, one calls `commit`, which renames the folder. Nothing
-here is a pickle, and nothing needs a process group.
+Each rank calls `write_rank` into the staging folder, where its rank_XXXXX.json appears last; when all are there, one calls
+`commit`, which renames the folder. Nothing here is a pickle, and nothing needs a process group. train/saver.py does this
+beside the steps.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from esolm_megatron import __version__
 from esolm_megatron.boxes import (
     KINDS,
     Box,
@@ -44,7 +46,11 @@ from esolm_megatron.boxes import (
 )
 from esolm_megatron.tensorfile import Entry, FileFacts, sha256_of, sync_folder, write_json, write_tensors
 
-FORMAT, VERSION = "esolm-checkpoint", 1
+FORMAT, VERSION = "esolm-checkpoint", 2
+READS = (1, 2)
+"""Format versions that this package loads as they are. Version 2 says which package wrote it; 1 did not."""
+MIGRATED_BY: dict[int, str] = {}
+"""For each older version that it no longer loads: what to run to turn such a checkpoint into one it does."""
 MANIFEST, PROBE = "manifest.json", "probe.safetensors"
 
 _STEP = re.compile(r"step_(\d{8,})")
@@ -62,8 +68,8 @@ def step_folder(run_dir: str | Path, step: int) -> Path:
 def staging_folder(run_dir: str | Path, step: int, attempt: str | int = 0) -> Path:
     """Where ranks write before `commit`.
 
-    All ranks of a save pass the same `attempt`, and no other process does: the restart count keeps a dead job's last
-    rank, still running, out of its successor's folder.
+    All ranks of a save pass the same `attempt`, and no other process does: it keeps a dead job's last rank, still
+    running, out of its successor's folder.
     """
     final = step_folder(run_dir, step)
     return final.with_name(f"{final.name}.tmp-{attempt}")
@@ -103,6 +109,13 @@ def write_rank(folder_tmp: str | Path, rank: int, pieces: Iterable[Piece]) -> No
         write_json(folder / f"{stem}.json", {"file": path.name, **asdict(facts), "boxes": boxes})
     except (OSError, ValueError) as error:
         raise CheckpointError(f"rank {rank} cannot write {path}: {error}") from error
+
+
+def missing_ranks(folder_tmp: str | Path, world_size: int) -> list[int]:
+    """The ranks whose `write_rank` into this folder has not finished yet."""
+    folder = Path(folder_tmp)
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return [rank for rank in range(world_size) if f"{_stem(rank)}.json" not in there]
 
 
 def _stem(rank: int) -> str:
@@ -148,6 +161,7 @@ def commit(
             **manifest,
             "format": FORMAT,
             "version": VERSION,
+            "written_by": __version__,
             "world_size": world_size,
             "files": {name: asdict(facts) for name, facts in files.items()},
             "tensors": {name: {"shape": tensor.shape, "kinds": sorted(tensor.kinds)} for name, tensor in index.items()},
@@ -319,14 +333,25 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{path}: missing; restore it, or use an earlier step")
     tree = _read_json(path)
     version = tree.get("version")
-    if tree.get("format") == FORMAT and isinstance(version, int) and version > VERSION:
-        raise CheckpointError(
-            f"{path}: has format version {version}, this package reads up to {VERSION}; update esolm-megatron"
-        )
+    if tree.get("format") == FORMAT and isinstance(version, int) and version not in READS:
+        _refuse_version(path, version, tree.get("written_by", "a newer version"))
     stamp = tree.pop("sha256", None)
-    if tree.get("format") != FORMAT or version != VERSION or stamp != _tree_hash(tree):
+    if tree.get("format") != FORMAT or version not in READS or stamp != _tree_hash(tree):
         raise DamagedCheckpoint(f"{path}: its content has changed since it was written")
     return tree
+
+
+def _refuse_version(path: Path, version: int, written_by: str) -> None:
+    if version > VERSION:
+        raise CheckpointError(
+            f"{path}: has format version {version}, and esolm-megatron {__version__} reads up to {VERSION}; "
+            f"esolm-megatron {written_by} wrote it: install that or a newer one"
+        )
+    if version in MIGRATED_BY:
+        raise CheckpointError(
+            f"{path}: has format version {version}, and esolm-megatron {__version__} reads {min(READS)} to {VERSION}; "
+            f"migrate it: {MIGRATED_BY[version]}"
+        )
 
 
 def _tree_hash(tree: Mapping[str, Any]) -> str:
@@ -377,8 +402,10 @@ def _renamed(folder: Path, word: str) -> Path:
     return target
 
 
-def prune(run_dir: str | Path, keep_last: int, *, remove_unfinished: bool = False) -> list[int]:
+def prune(run_dir: str | Path, keep_last: int, keep_every: int = 0, *, remove_unfinished: bool = False) -> list[int]:
     """The steps removed: all but the newest `keep_last` that open (a damaged one newer than those stays, and is not counted).
+
+    keep_every: multiples of it stay for ever; 0 means none.
 
     remove_unfinished: also remove the staging folders of saves that died; only while no save is running.
 
@@ -392,7 +419,7 @@ def prune(run_dir: str | Path, keep_last: int, *, remove_unfinished: bool = Fals
         folder = step_folder(run_dir, step)
         if kept < keep_last:
             kept += _opens(folder)
-        else:
+        elif not (keep_every and step % keep_every == 0):
             _renamed(folder, "deleted")  # first, so that a kill leaves no step half removed
             removed.append(step)
     parent = step_folder(run_dir, 0).parent
