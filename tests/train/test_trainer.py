@@ -1,8 +1,11 @@
 """The loop with real processes: resume, kills, signals, refusals."""
 
+import contextlib
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -178,6 +181,43 @@ def test_damaged_newest_checkpoint_falls_back(tokens, uninterrupted, tmp_path):
     assert code == 0, text
     assert "rank_00001.safetensors" in text, "the fall-back is loud"
     equal(state(tmp_path / "run", 12), state(uninterrupted, 12))
+
+
+@contextlib.contextmanager
+def small_disk(folder, megabytes):
+    """`folder` is a file system of this size inside."""
+    folder.mkdir(parents=True)
+    made = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "none", str(folder)]
+    if not shutil.which("mount") or subprocess.run(made, capture_output=True, check=False).returncode:
+        pytest.skip("this process may not mount a tmpfs; tests/train/test_saver.py limits the size of files instead")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_ends_the_run_and_keeps_what_was_saved(tokens, uninterrupted, tmp_path):
+    """A real file system with room for two checkpoints of 0.8 MB, not for three; then the disk is cleared."""
+    checkpoints = tmp_path / "run" / "checkpoints"
+    with small_disk(checkpoints, 2):
+        rest = 2_000_000
+        config = tree(tokens, tmp_path, train={"num_steps": 12})
+        code, text = finish(start(config, tmp_path, processes=2))
+        used = sum(path.stat().st_size for path in checkpoints.rglob("*") if path.is_file())
+        assert code not in (0, None), f"{used} of {rest} bytes used: {text}"
+        assert re.search(r"step_000000\d\d.tmp-.*No space left on device", " ".join(text.split()).replace("- ", "-")), (
+            text
+        )
+        assert "Traceback" not in text
+        steps = complete_steps(tmp_path / "run")
+        assert steps
+        assert steps[-1] < 12
+        found = newest(tmp_path / "run", verify=True)
+        assert found.step == steps[-1]
+        equal(state(tmp_path / "run", steps[-1]), state(uninterrupted, steps[-1]))
+        code, text = finish(start(tree(tokens, tmp_path, checkpoint={"keep_last": 1}), tmp_path, processes=2))
+        assert code == 0, text
+        equal(state(tmp_path / "run", 12), state(uninterrupted, 12))
 
 
 def test_other_settings_in_the_same_folder_are_refused(tokens, uninterrupted):
