@@ -198,21 +198,25 @@ def small_disk(folder, kilobytes):
 
 def test_a_full_disk_ends_the_run_and_keeps_what_was_saved(tokens, uninterrupted, tmp_path):
     """A real file system with room for two checkpoints of 0.54 MB, not for three; a restart that keeps one goes through."""
-    checkpoints = tmp_path / "run" / "checkpoints"
-    with small_disk(checkpoints, 1400):
-        config = tree(tokens, tmp_path, train={"num_steps": 12})
+    run = tmp_path / "run"
+    with small_disk(run / "checkpoints", 1400):
+        code, text = finish(start(tree(tokens, tmp_path, train={"num_steps": 8}), tmp_path, processes=2))
+        assert code == 0, text
+        config = tree(tokens, tmp_path, train={"num_steps": 300}, checkpoint={"every_steps": 100})
         code, text = finish(start(config, tmp_path, processes=2))
         assert code != 0, text
-        assert re.search(
-            r"step_00000012\.tmp-\w+/rank_0000\d\.safetensors:.*No space left on device", "".join(text.split("\n"))
-        )
+        said = "".join(text.split("\n"))
+        assert re.search(r"step_00000100\.tmp-\w+/rank_0000\d\.safetensors:.*No space left on device", said), text
         assert "Traceback" not in text
-        assert complete_steps(tmp_path / "run") == [4, 8]
+        reached = [json.loads(x)["step"] for x in (run / "metrics.jsonl").read_text().splitlines()][-1]
+        assert 100 <= reached < 200, "reported when it happens, not when the next save comes"
+        assert complete_steps(run) == [4, 8]
         for step in (4, 8):
-            equal(state(tmp_path / "run", step), state(uninterrupted, step))
+            equal(state(run, step), state(uninterrupted, step))
         code, text = finish(start(tree(tokens, tmp_path, checkpoint={"keep_last": 1}), tmp_path, processes=2))
         assert code == 0, text
-        equal(state(tmp_path / "run", 12), state(uninterrupted, 12))
+        assert complete_steps(run) == [12]
+        equal(state(run, 12), state(uninterrupted, 12))
 
 
 def test_other_settings_in_the_same_folder_are_refused(tokens, uninterrupted):
