@@ -6,8 +6,9 @@
         probe.safetensors        one input, and what the training model answered
         manifest.json            step, configuration, layout, versions, data, every tensor, every file's size and hash
 
-Each rank calls `write_rank` into the staging folder; when all have, one calls `commit`, which renames the folder. Nothing
-here is a pickle, and nothing needs a process group.
+Each rank calls `write_rank` into the staging folder, where its rank_XXXXX.json appears last; when all are there, one calls
+`commit`, which renames the folder. Nothing here is a pickle, and nothing needs a process group. train/saver.py does this
+beside the steps.
 """
 
 from __future__ import annotations
@@ -15,12 +16,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,27 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from esolm_megatron import __version__
+from esolm_megatron.boxes import (
+    KINDS,
+    Box,
+    CheckpointError,
+    DamagedCheckpoint,
+    Indexed,
+    Piece,
+    add_boxes,
+    bounds,
+    check_cover,
+    check_piece,
+    slices,
+)
 from esolm_megatron.tensorfile import Entry, FileFacts, sha256_of, sync_folder, write_json, write_tensors
 
-FORMAT, VERSION = "esolm-checkpoint", 1
-KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
+FORMAT, VERSION = "esolm-checkpoint", 2
+READS = (1, 2)
+"""Format versions that this package loads as they are. Version 2 says which package wrote it; 1 did not."""
+MIGRATED_BY: dict[int, str] = {}
+"""For each older version that it no longer loads: what to run to turn such a checkpoint into one it does."""
 MANIFEST, PROBE = "manifest.json", "probe.safetensors"
 
 _STEP = re.compile(r"step_(\d{8,})")
@@ -41,28 +58,6 @@ _LEFTOVER = re.compile(r"step_\d{8,}\.(tmp|deleted)-.+")
 _OPEN_FILES = 64
 
 logger = logging.getLogger(__name__)
-
-
-class CheckpointError(OSError):
-    """A checkpoint that cannot be written or used; what a caller does about a full disk, it does about this."""
-
-
-class DamagedCheckpoint(CheckpointError):
-    """A checkpoint that was whole once: a file is missing, cut short or changed."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A box of a whole tensor: `tensor` starts at `offset` in the tensor `name`, which has `whole_shape`.
-
-    kind: one of KINDS. Any number of dimensions, none included; the three shapes have the same number.
-    """
-
-    kind: str
-    name: str
-    whole_shape: tuple[int, ...]
-    offset: tuple[int, ...]
-    tensor: Tensor
 
 
 def step_folder(run_dir: str | Path, step: int) -> Path:
@@ -73,8 +68,8 @@ def step_folder(run_dir: str | Path, step: int) -> Path:
 def staging_folder(run_dir: str | Path, step: int, attempt: str | int = 0) -> Path:
     """Where ranks write before `commit`.
 
-    All ranks of a save pass the same `attempt`, and no other process does: the restart count keeps a dead job's last
-    rank, still running, out of its successor's folder.
+    All ranks of a save pass the same `attempt`, and no other process does: it keeps a dead job's last rank, still
+    running, out of its successor's folder.
     """
     final = step_folder(run_dir, step)
     return final.with_name(f"{final.name}.tmp-{attempt}")
@@ -92,7 +87,7 @@ def write_rank(folder_tmp: str | Path, rank: int, pieces: Iterable[Piece]) -> No
     folder, stem = Path(folder_tmp), _stem(rank)
     listed = sorted((p for p in pieces if p.tensor.numel()), key=lambda p: -p.tensor.element_size())
     for piece in listed:
-        _check_piece(piece)
+        check_piece(piece)
     keys = [f"{p.kind}/{p.name}/{','.join(map(str, p.offset))}" for p in listed]
     entries = [Entry(key, p.tensor.dtype, tuple(p.tensor.shape)) for key, p in zip(keys, listed, strict=True)]
     boxes = [
@@ -116,25 +111,15 @@ def write_rank(folder_tmp: str | Path, rank: int, pieces: Iterable[Piece]) -> No
         raise CheckpointError(f"rank {rank} cannot write {path}: {error}") from error
 
 
+def missing_ranks(folder_tmp: str | Path, world_size: int) -> list[int]:
+    """The ranks whose `write_rank` into this folder has not finished yet."""
+    folder = Path(folder_tmp)
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return [rank for rank in range(world_size) if f"{_stem(rank)}.json" not in there]
+
+
 def _stem(rank: int) -> str:
     return f"rank_{rank:05d}"
-
-
-def _check_piece(piece: Piece) -> None:
-    what, shape = f"{piece.kind} {piece.name}", tuple(piece.tensor.shape)
-    if piece.kind not in KINDS:
-        raise CheckpointError(f"{what}: unknown kind {piece.kind!r}; use one of {', '.join(KINDS)}")
-    if not piece.tensor.is_floating_point():
-        raise CheckpointError(f"{what}: {piece.tensor.dtype} is no floating type; put whole numbers into the manifest")
-    if not len(shape) == len(piece.offset) == len(piece.whole_shape):
-        raise CheckpointError(
-            f"{what}: shape {shape}, offset {piece.offset}, whole {piece.whole_shape} differ in length"
-        )
-    for size, start, whole in zip(shape, piece.offset, piece.whole_shape, strict=True):
-        if start < 0 or start + size > whole:
-            raise CheckpointError(
-                f"{what}: a box of {shape} at {piece.offset} reaches out of the whole {piece.whole_shape}"
-            )
 
 
 def commit(
@@ -163,7 +148,7 @@ def commit(
     files, index = _written(folder, world_size)
     for name, tensor in index.items():
         for boxes in tensor.kinds.values():
-            _check_cover(name, tensor.shape, boxes)
+            check_cover(name, tensor.shape, boxes)
     try:
         for path in folder.iterdir():
             if path.name not in files:
@@ -176,6 +161,7 @@ def commit(
             **manifest,
             "format": FORMAT,
             "version": VERSION,
+            "written_by": __version__,
             "world_size": world_size,
             "files": {name: asdict(facts) for name, facts in files.items()},
             "tensors": {name: {"shape": tensor.shape, "kinds": sorted(tensor.kinds)} for name, tensor in index.items()},
@@ -188,10 +174,10 @@ def commit(
         raise CheckpointError(f"{final}: cannot be committed: {error}") from error
 
 
-def _written(folder: Path, world_size: int) -> tuple[dict[str, FileFacts], dict[str, _Indexed]]:
+def _written(folder: Path, world_size: int) -> tuple[dict[str, FileFacts], dict[str, Indexed]]:
     """Facts of every rank's files, and the index of their boxes."""
     files: dict[str, FileFacts] = {}
-    index: dict[str, _Indexed] = {}
+    index: dict[str, Indexed] = {}
     for rank in range(world_size):
         listing = folder / f"{_stem(rank)}.json"
         if not listing.exists():
@@ -206,62 +192,8 @@ def _written(folder: Path, world_size: int) -> tuple[dict[str, FileFacts], dict[
             raise CheckpointError(
                 f"{folder.name}/{tree['file']}: {found} where rank {rank} wrote {tree['bytes']} bytes"
             )
-        _add_boxes(index, tree)
+        add_boxes(index, tree)
     return files, index
-
-
-@dataclass
-class _Box:
-    file: str
-    key: str
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
-
-
-@dataclass
-class _Indexed:
-    """A whole tensor, and for each kind the boxes that hold it."""
-
-    shape: tuple[int, ...]
-    kinds: dict[str, list[_Box]]
-
-
-def _add_boxes(index: dict[str, _Indexed], listing: Mapping[str, Any]) -> None:
-    for item in listing["boxes"]:
-        name, whole = item["name"], tuple(item["whole_shape"])
-        tensor = index.setdefault(name, _Indexed(whole, {}))
-        if tensor.shape != whole:
-            raise CheckpointError(
-                f"{name}: {listing['file']} says its whole shape is {whole}, another rank {tensor.shape}"
-            )
-        box = _Box(listing["file"], item["key"], tuple(item["offset"]), tuple(item["shape"]))
-        tensor.kinds.setdefault(item["kind"], []).append(box)
-
-
-def _bounds(boxes: Sequence[_Box]) -> tuple[np.ndarray, np.ndarray]:
-    """First and one-past-last indices of each box, (boxes, dimensions)."""
-    size = (len(boxes), len(boxes[0].shape))
-    starts = np.array([box.offset for box in boxes], np.int64).reshape(size)
-    return starts, starts + np.array([box.shape for box in boxes], np.int64).reshape(size)
-
-
-def _check_cover(name: str, whole: tuple[int, ...], boxes: Sequence[_Box]) -> None:
-    """Raise CheckpointError unless the boxes hold each element of the whole exactly once."""
-    starts, ends = _bounds(boxes)
-    for first in range(0, len(boxes), 256):
-        rows = slice(first, first + 256)
-        meet: np.ndarray = np.all((starts[rows, None] < ends[None]) & (ends[rows, None] > starts[None]), axis=-1)
-        meet[np.arange(len(meet)), first + np.arange(len(meet))] = False
-        if meet.any():
-            i, j = (int(n) for n in np.argwhere(meet)[0])
-            a, b = boxes[first + i], boxes[j]
-            raise CheckpointError(
-                f"{name}: overlap of the box of {a.shape} at {a.offset} in {a.file} "
-                f"and that of {b.shape} at {b.offset} in {b.file}"
-            )
-    held, wanted = int((ends - starts).prod(-1).sum()), math.prod(whole)
-    if held != wanted:
-        raise CheckpointError(f"{name}: gap: the boxes of all ranks hold {held} of the {wanted} elements of {whole}")
 
 
 class Checkpoint:
@@ -270,7 +202,7 @@ class Checkpoint:
     folder; step; manifest: the whole manifest; config_tree: the resolved configuration.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], index: dict[str, _Indexed]):
+    def __init__(self, folder: Path, manifest: dict[str, Any], index: dict[str, Indexed]):
         self.folder, self.manifest, self._index = folder, manifest, index
         self.step: int = manifest["step"]
         self.config_tree: dict[str, Any] = manifest["config"]
@@ -289,7 +221,7 @@ class Checkpoint:
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: no such checkpoint; give a folder step_XXXXXXXX")
         manifest = _read_manifest(folder)
-        index: dict[str, _Indexed] = {}
+        index: dict[str, Indexed] = {}
         for name, facts in manifest["files"].items():
             path = folder / name
             if not path.is_file():
@@ -299,7 +231,7 @@ class Checkpoint:
             if (verify or path.suffix == ".json") and sha256_of(path) != facts["sha256"]:
                 raise DamagedCheckpoint(f"{path}: its content has changed since it was written (sha256 differs)")
             if path.suffix == ".json":
-                _add_boxes(index, _read_json(path))
+                add_boxes(index, _read_json(path))
         return cls(folder, manifest, index)
 
     def kinds(self) -> list[str]:
@@ -352,18 +284,18 @@ class Checkpoint:
         if low.shape != (len(whole),) or high.shape != low.shape or (low < 0).any() or (high > np.array(whole)).any():
             raise CheckpointError(f"{name}: a box of {tuple(shape)} at {tuple(offset)} is not inside the whole {whole}")
         if (kind, name) not in self._covered:
-            _check_cover(name, whole, boxes)
+            check_cover(name, whole, boxes)
             self._covered.add((kind, name))
         out = torch.empty(tuple(shape), dtype=dtype)
-        starts, ends = _bounds(boxes)
+        starts, ends = bounds(boxes)
         for i in np.flatnonzero(((starts < high) & (ends > low)).all(-1)):
             first, last = np.maximum(starts[i], low), np.minimum(ends[i], high)
-            out[_slices(first - low, last - low)] = self._load(
-                boxes[i], _slices(first - starts[i], last - starts[i])
-            ).to(dtype)
+            out[slices(first - low, last - low)] = self._load(boxes[i], slices(first - starts[i], last - starts[i])).to(
+                dtype
+            )
         return out
 
-    def _load(self, box: _Box, part: tuple[slice, ...]) -> Tensor:
+    def _load(self, box: Box, part: tuple[slice, ...]) -> Tensor:
         path = self.folder / box.file
         try:
             if box.file not in self._files:
@@ -385,10 +317,6 @@ class Checkpoint:
             raise DamagedCheckpoint(f"{self.folder / PROBE}: cannot be read: {error}") from error
 
 
-def _slices(first: Iterable[int], last: Iterable[int]) -> tuple[slice, ...]:
-    return tuple(slice(int(a), int(b)) for a, b in zip(first, last, strict=True))
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         tree = json.loads(path.read_bytes())
@@ -405,14 +333,25 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{path}: missing; restore it, or use an earlier step")
     tree = _read_json(path)
     version = tree.get("version")
-    if tree.get("format") == FORMAT and isinstance(version, int) and version > VERSION:
-        raise CheckpointError(
-            f"{path}: has format version {version}, this package reads up to {VERSION}; update esolm-megatron"
-        )
+    if tree.get("format") == FORMAT and isinstance(version, int) and version not in READS:
+        _refuse_version(path, version, tree.get("written_by", "a newer version"))
     stamp = tree.pop("sha256", None)
-    if tree.get("format") != FORMAT or version != VERSION or stamp != _tree_hash(tree):
+    if tree.get("format") != FORMAT or version not in READS or stamp != _tree_hash(tree):
         raise DamagedCheckpoint(f"{path}: its content has changed since it was written")
     return tree
+
+
+def _refuse_version(path: Path, version: int, written_by: str) -> None:
+    if version > VERSION:
+        raise CheckpointError(
+            f"{path}: has format version {version}, and esolm-megatron {__version__} reads up to {VERSION}; "
+            f"esolm-megatron {written_by} wrote it: install that or a newer one"
+        )
+    if version in MIGRATED_BY:
+        raise CheckpointError(
+            f"{path}: has format version {version}, and esolm-megatron {__version__} reads {min(READS)} to {VERSION}; "
+            f"migrate it: {MIGRATED_BY[version]}"
+        )
 
 
 def _tree_hash(tree: Mapping[str, Any]) -> str:
@@ -463,8 +402,10 @@ def _renamed(folder: Path, word: str) -> Path:
     return target
 
 
-def prune(run_dir: str | Path, keep_last: int, *, remove_unfinished: bool = False) -> list[int]:
+def prune(run_dir: str | Path, keep_last: int, keep_every: int = 0, *, remove_unfinished: bool = False) -> list[int]:
     """The steps removed: all but the newest `keep_last` that open (a damaged one newer than those stays, and is not counted).
+
+    keep_every: multiples of it stay for ever; 0 means none.
 
     remove_unfinished: also remove the staging folders of saves that died; only while no save is running.
 
@@ -478,7 +419,7 @@ def prune(run_dir: str | Path, keep_last: int, *, remove_unfinished: bool = Fals
         folder = step_folder(run_dir, step)
         if kept < keep_last:
             kept += _opens(folder)
-        else:
+        elif not (keep_every and step % keep_every == 0):
             _renamed(folder, "deleted")  # first, so that a kill leaves no step half removed
             removed.append(step)
     parent = step_folder(run_dir, 0).parent

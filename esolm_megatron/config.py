@@ -220,6 +220,8 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; 0 means only the last step."""
     keep_last: int = Field(2, ge=1)
     """Newest checkpoints that are kept."""
+    keep_every: int = Field(0, ge=0)
+    """Checkpoints of steps that are multiples of this are kept for ever; 0 means none."""
 
 
 class LogConfig(Section):
@@ -462,8 +464,7 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"{path}: not YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must be a mapping of sections, found {type(tree).__name__}")
-    base = tree.pop("base", None)
-    if base is None:
+    if (base := tree.pop("base", None)) is None:
         return tree
     return _merged(_read_file(path.parent / str(base), (*seen, path.resolve())), tree)
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_PIECE_BYTES = 8 << 20  # small enough for the hash to find in cache what was just written
+
 _CODES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -68,8 +70,10 @@ def write_tensors(path: Path, entries: Sequence[Entry], tensors: Iterable[Tensor
     with path.open("wb") as file:
 
         def put(data: Any) -> None:
-            file.write(data)
-            digest.update(data)
+            for start in range(0, len(data), _PIECE_BYTES):
+                part = data[start : start + _PIECE_BYTES]
+                file.write(part)
+                digest.update(part)
 
         put(_header(entries))
         for entry, tensor in zip(entries, tensors, strict=True):
@@ -97,12 +101,15 @@ def _header(entries: Sequence[Entry]) -> bytes:
 
 
 def write_json(path: Path, tree: Any) -> FileFacts:
-    """Size and hash of the JSON file at `path`."""
+    """Size and hash of the JSON file at `path`, which appears whole: others wait for it."""
     data = json.dumps(tree, indent=1).encode() + b"\n"
-    with path.open("wb") as file:
+    unfinished = path.with_name(f"{path.name}.part")
+    with unfinished.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+    unfinished.rename(path)
+    sync_folder(path.parent)
     return FileFacts(len(data), hashlib.sha256(data).hexdigest())
 
 

@@ -1,12 +1,15 @@
 """Checkpoints: whatever boxes went in come out, in any other boxes; a kill or a damaged file costs one step, never two."""
 
+import contextlib
 import itertools
 import json
 import logging
 import os
 import random
+import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -294,12 +297,46 @@ def test_no_checkpoint_is_none_but_only_damaged_ones_are_an_error(tmp_path):
         Checkpoint.open(ckpt.step_folder(tmp_path, 3))
 
 
-def test_a_newer_format_is_refused_not_skipped(tmp_path):
+def test_a_newer_format_names_the_package_that_reads_it(tmp_path):
     save(tmp_path, 1, state())
     path = save(tmp_path, 2, state()) / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 99}))
-    with pytest.raises(CheckpointError, match="format version 99, this package reads up to 1; update"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 99, "written_by": "7.5.3"}))
+    with pytest.raises(
+        CheckpointError, match=r"version 99, .* reads up to 2; esolm-megatron 7.5.3 wrote it: install"
+    ) as e:
         ckpt.newest(tmp_path)
+    assert not isinstance(e.value, DamagedCheckpoint), "refused, not skipped"
+
+
+def old_checkpoint(run):
+    """What the code of format version 1 wrote for `save(..., 7, weight and ema of state(1), world=2)`."""
+    return shutil.copytree(Path(__file__).parent / "fixtures" / "checkpoint_v1", ckpt.step_folder(run, 7))
+
+
+def test_format_version_1_still_loads(tmp_path):
+    assert json.loads((old_checkpoint(tmp_path) / "manifest.json").read_text())["version"] == 1
+    found = ckpt.newest(tmp_path, verify=True)
+    assert found.step == 7
+    assert found.kinds() == ["weight", "ema"]
+    for kind, name in itertools.product(found.kinds(), SHAPES):
+        assert torch.equal(found.read(kind, name), state(1)[kind, name])
+    assert found.probe()["tokens"].tolist() == [0, 1, 2, 3, 4]
+    assert check(found.config_tree) == config()
+
+
+def test_a_version_that_is_no_longer_read_names_what_migrates_it(tmp_path, monkeypatch):
+    old_checkpoint(tmp_path)
+    monkeypatch.setattr(ckpt, "READS", (2,))
+    monkeypatch.setattr(ckpt, "MIGRATED_BY", {1: "esolm convert --to-version-2 FOLDER"})
+    with pytest.raises(
+        CheckpointError, match=r"version 1, .* reads 2 to 2; migrate it: esolm convert --to-version-2"
+    ) as e:
+        ckpt.newest(tmp_path)
+    assert not isinstance(e.value, DamagedCheckpoint), "refused, not skipped"
+
+
+def test_every_version_up_to_this_one_loads_or_names_its_tool():
+    assert {*ckpt.READS, *ckpt.MIGRATED_BY} == set(range(1, ckpt.VERSION + 1))
 
 
 def test_prune_keeps_the_newest_that_open(tmp_path):
@@ -319,6 +356,56 @@ def test_prune_keeps_the_newest_that_open(tmp_path):
     assert ckpt.prune(tmp_path, 1, remove_unfinished=True) == [20]
     assert not ckpt.staging_folder(tmp_path, 7).exists()
     assert ckpt.prune(tmp_path / "elsewhere", 1) == []
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "left"),
+    [
+        (1, 0, [9]),
+        (2, 0, [8, 9]),
+        (1, 3, [3, 6, 9]),
+        (2, 4, [4, 8, 9]),
+        (3, 5, [5, 7, 8, 9]),
+        (1, 1, list(range(1, 10))),
+    ],
+)
+def test_prune_keeps_multiples_for_ever(tmp_path, keep_last, keep_every, left):
+    for step in range(1, 10):
+        save(tmp_path, step, {("weight", "c"): torch.ones(())}, world=1)
+        ckpt.prune(tmp_path, keep_last, keep_every)
+    assert ckpt.complete_steps(tmp_path) == left
+
+
+def test_prune_never_removes_the_newest_whole_one(tmp_path):
+    for step in range(1, 5):
+        save(tmp_path, step, {("weight", "c"): torch.ones(())}, world=1)
+    for step in (3, 4):
+        (ckpt.step_folder(tmp_path, step) / "rank_00000.safetensors").unlink()
+    assert ckpt.prune(tmp_path, 1, 3) == [1]
+    assert ckpt.newest(tmp_path).step == 2
+
+
+def test_a_listing_appears_whole(tmp_path):
+    """The first rank waits for this name: it must not be there before its last byte is."""
+    assert ckpt.missing_ranks(tmp_path / "x", 2) == [0, 1]
+    big = [Piece("weight", f"t{i}", (1,), (0,), torch.ones(1)) for i in range(400)]
+    partial, done = set(), threading.Event()
+
+    def look():
+        while not done.is_set():
+            with contextlib.suppress(OSError):
+                data = (tmp_path / "x" / "rank_00001.json").read_bytes()
+                if not data.endswith(b"}\n"):
+                    partial.add(len(data))
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    for _ in range(40):
+        ckpt.write_rank(tmp_path / "x", 1, big)
+        assert ckpt.missing_ranks(tmp_path / "x", 2) == [0]
+    done.set()
+    watcher.join()
+    assert partial == set()
 
 
 def in_child(work, *, kill_at=None):

@@ -22,6 +22,7 @@ from esolm_megatron.objective.esolm import Noised, draw_step, draw_validation, m
 from esolm_megatron.parallel.engine import Engine
 from esolm_megatron.train import preflight
 from esolm_megatron.train.metrics import Metrics, peak_flops
+from esolm_megatron.train.saver import Saver
 from esolm_megatron.train.schedule import learning_rate
 
 
@@ -99,7 +100,8 @@ def _train(config: Config, engine: Engine, stop: StopRequest) -> Outcome:
     capacity = mask_capacity(config.model.seq_length, config.objective.alpha_0, multiple)
     num_micro_batches = t.global_batch_size // (t.micro_batch_size * top.data_size)
     saved, loss, nelbo, step = start, None, None, start
-    with stream.prefetch(start, t.num_steps, config.data.prefetch_batches) as batches:
+    prefetch = stream.prefetch(start, t.num_steps, config.data.prefetch_batches)
+    with Saver(config, engine) as saver, prefetch as batches:
         for step, batch in enumerate(batches, start + 1):
             noised = draw_step(
                 batch.tokens,
@@ -120,9 +122,13 @@ def _train(config: Config, engine: Engine, stop: StopRequest) -> Outcome:
             if validation is not None and (due(step, config.evaluate.every_steps) or step == t.num_steps):
                 nelbo = validation.nelbo()
                 metrics.log_validation(step, validation_nelbo=nelbo, validation_perplexity=float(np.exp(nelbo)))
-            stopping = engine.any_rank(stop.signal is not None)
+            if step == start + 1:
+                saver.reserve(engine.pieces())  # moments exist from the first step on
+            stopping = engine.any_rank(stop.signal is not None or saver.failed)
+            if stopping:
+                saver.check()
             if due(step, config.checkpoint.every_steps) or step == t.num_steps or stopping:
-                save(config, engine, step, stream.fingerprint, {"loss": loss, "validation_nelbo": nelbo})
+                save(config, engine, saver, step, stream.fingerprint, {"loss": loss, "validation_nelbo": nelbo})
                 saved = step
             if stopping:
                 break
@@ -179,7 +185,7 @@ class Validation:
 def prepare_run_folder(config: Config) -> None:
     """Write what makes the run reproducible: the resolved configuration and the tokenizer."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    checkpoint.prune(config.run_dir, config.checkpoint.keep_last, remove_unfinished=True)
+    checkpoint.prune(config.run_dir, config.checkpoint.keep_last, config.checkpoint.keep_every, remove_unfinished=True)
     (config.run_dir / "config.yaml").write_text(dump(config))
     tokenizer = Path(config.data.path) / "tokenizer"
     if tokenizer.is_dir() and not (config.run_dir / "tokenizer").exists():
@@ -215,35 +221,18 @@ def resume(config: Config, engine: Engine, fingerprint: str) -> int:
     return found.step
 
 
-def save(config: Config, engine: Engine, step: int, fingerprint: str, numbers: dict[str, Any]) -> None:
-    """Write a checkpoint together; it appears whole or not at all.
+def save(config: Config, engine: Engine, saver: Saver, step: int, fingerprint: str, numbers: dict[str, Any]) -> None:
+    """Start writing a checkpoint together; it appears whole or not at all, some steps later or when `saver` drains.
 
     Raises:
-        CheckpointError: on every rank, when any rank could not write; older checkpoints stay.
+        CheckpointError: on every rank, when the save before failed on any rank; older checkpoints stay.
     """
-    final = checkpoint.step_folder(config.run_dir, step)
-    if final.exists():
-        return
-    staging = checkpoint.staging_folder(config.run_dir, step)
-    error: Exception | None = None
-    try:
-        checkpoint.write_rank(staging, engine.topology.rank, engine.pieces())
-    except CheckpointError as problem:
-        error = problem
-    probe = engine.probe()
-    if not engine.any_rank(error is not None) and engine.is_first_rank:
-        manifest = {
-            "step": step,
-            "config": config.model_dump(mode="json"),
-            "topology": vars(engine.topology),
-            "data_fingerprint": fingerprint,
-            "versions": {"esolm_megatron": __version__, "torch": torch.__version__},
-            "numbers": numbers,
-        }
-        try:
-            checkpoint.commit(staging, final, manifest, engine.topology.world_size, probe)
-            checkpoint.prune(config.run_dir, config.checkpoint.keep_last)
-        except CheckpointError as problem:
-            error = problem
-    if engine.any_rank(error is not None):
-        raise error or CheckpointError(f"{final}: another rank could not write its part; see its log")
+    manifest = {
+        "step": step,
+        "config": config.model_dump(mode="json"),
+        "topology": vars(engine.topology),
+        "data_fingerprint": fingerprint,
+        "versions": {"esolm_megatron": __version__, "torch": torch.__version__},
+        "numbers": numbers,
+    }
+    saver.save(step, engine.pieces(), manifest, engine.probe())

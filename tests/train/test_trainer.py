@@ -1,8 +1,11 @@
 """The loop with real processes: resume, kills, signals, refusals."""
 
+import contextlib
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -178,6 +181,42 @@ def test_damaged_newest_checkpoint_falls_back(tokens, uninterrupted, tmp_path):
     assert code == 0, text
     assert "rank_00001.safetensors" in text, "the fall-back is loud"
     equal(state(tmp_path / "run", 12), state(uninterrupted, 12))
+
+
+@contextlib.contextmanager
+def small_disk(folder, kilobytes):
+    """`folder` is a file system of this size inside."""
+    folder.mkdir(parents=True)
+    made = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "none", str(folder)]
+    if not shutil.which("mount") or subprocess.run(made, capture_output=True, check=False).returncode:
+        pytest.skip("this process may not mount a tmpfs; tests/train/test_saver.py limits the size of files instead")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_ends_the_run_and_keeps_what_was_saved(tokens, uninterrupted, tmp_path):
+    """A real file system with room for two checkpoints of 0.54 MB, not for three; a restart that keeps one goes through."""
+    run = tmp_path / "run"
+    with small_disk(run / "checkpoints", 1400):
+        code, text = finish(start(tree(tokens, tmp_path, train={"num_steps": 8}), tmp_path, processes=2))
+        assert code == 0, text
+        config = tree(tokens, tmp_path, train={"num_steps": 300}, checkpoint={"every_steps": 100})
+        code, text = finish(start(config, tmp_path, processes=2))
+        assert code != 0, text
+        said = "".join(text.split("\n"))
+        assert re.search(r"step_00000100\.tmp-\w+/rank_0000\d\.safetensors:.*No space left on device", said), text
+        assert "Traceback" not in text
+        reached = [json.loads(x)["step"] for x in (run / "metrics.jsonl").read_text().splitlines()][-1]
+        assert 100 <= reached < 200, "reported when it happens, not when the next save comes"
+        assert complete_steps(run) == [4, 8]
+        for step in (4, 8):
+            equal(state(run, step), state(uninterrupted, step))
+        code, text = finish(start(tree(tokens, tmp_path, checkpoint={"keep_last": 1}), tmp_path, processes=2))
+        assert code == 0, text
+        assert complete_steps(run) == [12]
+        equal(state(run, 12), state(uninterrupted, 12))
 
 
 def test_other_settings_in_the_same_folder_are_refused(tokens, uninterrupted):
