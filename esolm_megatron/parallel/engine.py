@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import megatron.core.parallel_state as ps
 import numpy as np
@@ -14,7 +15,8 @@ from torch import Tensor
 from esolm_megatron.checkpoint import Checkpoint, Piece
 from esolm_megatron.config import Config
 from esolm_megatron.objective.esolm import Noised, OrderedRows, PackedBatch, mean_loss, pack
-from esolm_megatron.parallel import groups, pipeline, zero
+from esolm_megatron.parallel import groups, pipeline, replicas, zero
+from esolm_megatron.parallel.gate import Gate
 from esolm_megatron.parallel.layers import megatron_config
 
 
@@ -147,3 +149,36 @@ class Engine:
     def close(self) -> None:
         """Leave the run."""
         groups.stop()
+
+    def try_step(
+        self, noised: Noised, lr: float, problem_of: Callable[[float, float], str | None]
+    ) -> tuple[StepResult, str | None]:
+        """One optimizer step, unless `problem_of(loss, grad_norm)` has an objection on any rank; returns it too.
+
+        A refused step leaves weights, moments, moving average and the number of steps untouched on all ranks.
+        """
+        loss, diffusion, sequential = self.forward_backward(noised).tolist()
+        with Gate(self.deepspeed.optimizer, lambda norm: problem_of(loss, norm), self.any_rank) as gate:
+            self.state.step(lr)
+        return StepResult(loss, diffusion, sequential, gate.norm), gate.problem
+
+    def disagreements(self) -> list[str]:
+        """A line for each parameter whose bits differ between replicas, naming ranks; the same on all ranks."""
+        group = ps.get_data_parallel_group(with_context_parallel=True)
+        found = replicas.disagreements([(o.name, o.parameter) for o in self.owned], group)
+        everywhere: list[Any] = [None] * self.topology.world_size
+        dist.all_gather_object(everywhere, found)
+        return list(dict.fromkeys(line for lines in everywhere for line in lines))
+
+    def table(self, numbers: Sequence[float]) -> np.ndarray:
+        """(world_size, n) fp64: every rank's numbers, on every rank."""
+        mine = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        rows = [torch.empty_like(mine) for _ in range(self.topology.world_size)]
+        dist.all_gather(rows, mine)
+        return torch.stack(rows).cpu().numpy()
+
+    def from_first_rank(self, value: Any) -> Any:
+        """The first rank's `value`, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
