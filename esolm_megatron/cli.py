@@ -148,9 +148,10 @@ def run_train(args: argparse.Namespace) -> int:
 
     outcome = train(config)
     if int(os.environ.get("RANK", 0)) == 0:
-        state = "finished" if outcome.finished else "stopped by a signal; start it again to continue"
+        state = " ".join([outcome.ending.name.lower().replace("_", " "), *filter(None, [outcome.detail])])
+        state += "; start it again to continue" if outcome.ending.restart else ""
         Console(stderr=True).print(f"{config.run_dir}: step {outcome.step} of {config.train.num_steps}, {state}")
-    return 0
+    return int(outcome.ending)
 
 
 def run_data(args: argparse.Namespace) -> int:
@@ -414,7 +415,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit status: 0 done, 2 bad input, 1 anything else that was foreseen."""
+    """Run one verb; returns the exit status: 0 done, 2 bad input, 1 anything else that was foreseen; train: see Ending."""
     grammar = parser()
     args, rest = grammar.parse_known_args(argv)
     for word in rest:  # field=value words that come after a flag

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,7 @@ class Engine:
         self.chunks = pipeline.build_chunks(config, megatron, self.topology, self.device)
         self.owned = zero.owned_parameters(self.chunks, self.topology)
         self.deepspeed = zero.build(config, self.chunks, self.owned)
+        self.work = Stopwatch(self.device)
         self.state = zero.ZeroState(self.deepspeed, self.owned, self.topology, config.optim.ema_decay)
 
     @property
@@ -61,7 +63,8 @@ class Engine:
         num_valid = self._over_replicas(noised.num_valid)
         scale = len(noised.micro_batches) * self.topology.data_size  # the schedule and DeepSpeed take means
         batches = [batch.to(self.device) for batch in noised.micro_batches]
-        kept = pipeline.run(self.chunks, batches, pipeline.loss_outcome(num_valid, scale), forward_only=False)
+        with self.work:
+            kept = pipeline.run(self.chunks, batches, pipeline.loss_outcome(num_valid, scale), forward_only=False)
         zero.finish_gradients(self.chunks, self.state.gradients(), self.topology)
         return self._report(kept, num_valid)
 
@@ -182,3 +185,32 @@ class Engine:
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
+
+
+class Stopwatch:
+    """Seconds that this rank's device spent in `with`, the last time; ranks of other replicas are not waited for inside.
+
+    Stages and tensor ranks do wait for each other there, so a slow rank shows in all ranks of its replica.
+    """
+
+    def __init__(self, device: torch.device):
+        on_gpu = device.type == "cuda"
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_gpu else []
+        self._start = self._end = 0.0
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+        if self._events:
+            self._events[0].record()
+
+    def __exit__(self, *exception: object) -> None:
+        self._end = time.perf_counter()
+        if self._events:
+            self._events[1].record()
+
+    def seconds(self) -> float:
+        """Ask once the step is over: on a GPU it waits for the work."""
+        if not self._events:
+            return self._end - self._start
+        self._events[1].synchronize()
+        return self._events[0].elapsed_time(self._events[1]) / 1000

@@ -54,7 +54,9 @@ def write_json(path: Path, tree: Any) -> None:
 
 def mark_running(run_dir: Path, step: int) -> None:
     """Say that the run goes on from `step`."""
-    write_json(run_dir / MARKER, {"how": "running", "exit_code": None, "restart": None, "step": step, "time": time.time()})
+    write_json(
+        run_dir / MARKER, {"how": "running", "exit_code": None, "restart": None, "step": step, "time": time.time()}
+    )
 
 
 def mark(run_dir: Path, ending: Ending, step: int | None, detail: str = "") -> None:
