@@ -166,12 +166,31 @@ class Engine:
         return StepResult(loss, diffusion, sequential, gate.norm), gate.problem
 
     def disagreements(self) -> list[str]:
-        """A line for each parameter whose bits differ between replicas, naming ranks; the same on all ranks."""
+        """A line for each parameter whose bits differ between replicas, naming ranks; the same on all ranks.
+
+        Ask before a step's update: it rounds the master weights into new ones everywhere, so that a wrong weight vanishes
+        and a wrong master weight becomes everyone's. Each rank compares its master weights with its weights for that.
+        """
         group = ps.get_data_parallel_group(with_context_parallel=True)
         found = replicas.disagreements([(o.name, o.parameter) for o in self.owned], group)
+        found += [
+            f"{name}: rank {self.topology.rank} holds a master weight that is not its weight"
+            for name in self._strayed()
+        ]
         everywhere: list[Any] = [None] * self.topology.world_size
         dist.all_gather_object(everywhere, found)
         return list(dict.fromkeys(line for lines in everywhere for line in lines))
+
+    def _strayed(self) -> Iterator[str]:
+        for owned in self.owned:
+            mapping = getattr(owned.parameter, "_hp_mapping", None)
+            if mapping is None:
+                continue
+            low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
+            weights = owned.parameter.detach().view(-1)[low.start : low.start + low.numel]
+            masters = self.state.flats[mapping.param_group_index].detach()[high.start : high.start + high.numel]
+            if not torch.equal(weights, masters.to(weights.dtype)):
+                yield owned.name
 
     def table(self, numbers: Sequence[float]) -> np.ndarray:
         """(world_size, n) fp64: every rank's numbers, on every rank."""

@@ -101,6 +101,7 @@ class _Run:
         self.clock = WallClock()
         self.stragglers = Stragglers(engine.topology.world_size)
         self.guard = Guard(config.guard, config.run_dir, writes=engine.is_first_rank)
+        self.corruption: list[str] = []
         self.loss: float | None = None
         self.nelbo: float | None = None
         self.step, self.saved, self.started = 0, 0, False
@@ -142,9 +143,12 @@ class _Run:
         for number, batch in batches:
             noised = self.noised_by(batch, self.step + 1)
             lr = learning_rate(self.step, config.optim, t.num_steps)
-            result, problem = engine.try_step(noised, lr, guard.problem)
-            table = engine.table([result.loss, engine.work.seconds(), self.stop.signal is not None])
+            result, problem = engine.try_step(noised, lr, self._objection)
+            table = engine.table([result.loss, engine.work.seconds(), float(self.stop.signal is not None)])
             stopping = bool(table[:, 2].any())
+            corrupted = self._corrupted(table[:, 0])
+            if corrupted:
+                return Ending.CORRUPTED, corrupted
             if problem is not None:
                 self.watchdog.step_done(self.step, None if fresh else self.clock.spent("skipped"))
                 guard.refuse(self.step + 1, number, t.global_batch_size, problem, result.loss, result.grad_norm)
@@ -156,9 +160,6 @@ class _Run:
                 self.stragglers.add(table[:, 1])
                 seconds = self.clock.spent("step" if self.step > self.metrics.reached else "repeated")
                 self.watchdog.step_done(self.step, None if fresh else seconds)
-                corrupted = self._corrupted(table[:, 0])
-                if corrupted:
-                    return Ending.CORRUPTED, corrupted
                 self._report(result, lr, first=fresh)
             fresh = False
             self._save_if_due(stopping, new_step=problem is None)
@@ -195,19 +196,21 @@ class _Run:
             self.saved = step
             self.clock.spent("saving")
 
+    def _objection(self, loss: float, norm: float) -> str | None:
+        """Why a step must not be made; asked on all ranks, after backward and before the update."""
+        if due(self.step + 1, self.config.guard.checksum_every_steps) and self.engine.topology.data_size > 1:
+            self.corruption = self.engine.disagreements()
+        return "corrupted weights" if self.corruption else self.guard.problem(loss, norm)
+
     def _corrupted(self, losses: np.ndarray) -> str:
         """Who holds other weights, or another loss, than its replicas; empty where all agree."""
-        bits, every = losses.view(np.int64), self.config.guard.checksum_every_steps
-        found = [verdict("loss", range(len(bits)), bits.tolist())] if len(set(bits.tolist())) > 1 else []
-        if due(self.step, every) and self.engine.topology.data_size > 1:
-            found += self.engine.disagreements()
+        bits = np.where(np.isnan(losses), np.nan, losses).view(np.int64).tolist()  # one pattern for nan
+        found = [*([verdict("loss", range(len(bits)), bits)] if len(set(bits)) > 1 else []), *self.corruption]
         if not found:
             return ""
         self.guard.event("corrupted", step=self.step, found=found)
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        return (
-            f"step {self.step}: {'; '.join(found[:3])}{more}; look at that rank's memory, and start without its machine"
-        )
+        return f"{'; '.join(found[:3])}{more}; look at that rank's memory, and leave out its machine"
 
     def _restore_guard(self) -> None:
         """Make all ranks leave out the batches that this run has left out so far."""

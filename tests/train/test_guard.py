@@ -76,7 +76,7 @@ def test_refused_steps_leave_no_trace(world_size, parallel, precision):
         assert all(torch.equal(a, b) for a, b in zip(parameters, parameters_2, strict=True))
 
 
-def flip(config, victim, name, place, bit):
+def flip(config, victim, name, place, bit, master=False):
     from esolm_megatron.parallel.engine import Engine
 
     engine = Engine(config)
@@ -84,6 +84,10 @@ def flip(config, victim, name, place, bit):
     before = engine.disagreements()
     if engine.topology.rank == victim:
         (parameter,) = [o.parameter for o in engine.owned if o.name == name]
+        if master:
+            mapping = parameter._hp_mapping
+            parameter = engine.state.flats[mapping.param_group_index]
+            place += mapping.hp_fragment_address.start
         kind = torch.int32 if parameter.element_size() == 4 else torch.int16
         parameter.data.view(-1).view(kind)[place] ^= 1 << bit
     return before, engine.disagreements()
@@ -104,7 +108,18 @@ def test_one_flipped_bit_is_named(world_size, parallel, precision, expected):
         results = run_ranks(flip, world_size, config, 1, "layers.2.mlp.fc1.weight", place, bit)
         for before, after in results:
             assert before == []
-            assert after == [f"layers.2.mlp.fc1.weight: {expected}"]
+            assert f"layers.2.mlp.fc1.weight: {expected}" in after
+            assert all("rank 1 holds a master weight" in x for x in after if expected not in x)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_flipped_bit_of_a_master_weight_is_named(precision):
+    """It is no difference between replicas until the next update makes it everyone's."""
+    config = make_config(train={"precision": precision, "global_batch_size": 8})
+    for before, after in run_ranks(flip, 2, config, 1, "layers.2.mlp.fc1.weight", 3, 20, True):
+        assert before == []
+        assert after == ["layers.2.mlp.fc1.weight: rank 1 holds a master weight that is not its weight"]
 
 
 def test_every_single_bit_changes_the_checksum():

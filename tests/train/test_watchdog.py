@@ -12,6 +12,7 @@ import torch
 import yaml
 from train.test_trainer import await_end_of_ranks, finish, ranks_of, start, state, tokens, tree
 
+from esolm_megatron.checkpoint import complete_steps
 from esolm_megatron.launch import verdict
 from esolm_megatron.sections import WatchdogConfig
 from esolm_megatron.train.ending import Ending, read
@@ -51,7 +52,8 @@ def test_frozen_rank_ends_the_run_with_stacks_of_all_others(tokens, tmp_path):
     assert time.time() - began < 40
     stacks = stacks_file(tmp_path / "run", 1).read_text()
     assert "rank 1: step after step" in stacks
-    assert "try_step" in stacks and "most recent call first" in stacks
+    assert "try_step" in stacks
+    assert "most recent call first" in stacks
     marker = read(tmp_path / "run")
     assert (marker["how"], marker["restart"]) == ("hung", True)
     await_end_of_ranks(tmp_path)
@@ -154,16 +156,21 @@ sys.exit(cli.main(["train", *sys.argv[2:]]))
 """
 
 
-def poisoned_run(config, folder, bad):
-    """Exit status and output of two ranks, of which rank 1's batches numbered `bad` have a loss that is no number."""
+def broken_run(config, folder, program, word, num_ranks):
+    """Exit status and output of ranks that run `program word run.yaml`."""
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
-    (folder / "poisoned.py").write_text(POISONED)
-    launch = "import sys; from esolm_megatron.launch import run_local; sys.exit(run_local(sys.argv[1:], 2))"
-    words = [sys.executable, str(folder / "poisoned.py"), ",".join(map(str, bad)), str(folder / "run.yaml")]
+    (folder / "program.py").write_text(program)
+    launch = f"import sys; from esolm_megatron.launch import run_local; sys.exit(run_local(sys.argv[1:], {num_ranks}))"
+    words = [sys.executable, str(folder / "program.py"), word, str(folder / "run.yaml")]
     done = subprocess.run(
         [sys.executable, "-c", launch, *words], capture_output=True, text=True, timeout=250, check=False
     )
     return done.returncode, done.stdout + done.stderr
+
+
+def poisoned_run(config, folder, bad):
+    """The same for two ranks, of which rank 1's batches numbered `bad` have a loss that is no number."""
+    return broken_run(config, folder, POISONED, ",".join(map(str, bad)), 2)
 
 
 def events(folder, kind):
@@ -235,6 +242,45 @@ def test_numbers_that_stay_bad_stop_the_run_with_a_report(tokens, tmp_path):
     marker = read(tmp_path / "run")
     assert (marker["how"], marker["restart"], marker["step"]) == ("bad_numbers", False, 6)
     assert "guard.max_rollbacks = 1" in " ".join(text.split())
+
+
+FLIPPED = """
+import os
+import sys
+import torch
+from esolm_megatron import cli
+from esolm_megatron.parallel.engine import Engine
+
+honest, calls = Engine.forward_backward, []
+
+def forward_backward(self, noised):
+    calls.append(1)
+    result = honest(self, noised)
+    if len(calls) == 7 and os.environ["RANK"] == "1":
+        if sys.argv[1] == "weight":
+            self.owned[3].parameter.data.view(-1).view(torch.int32)[5] ^= 1 << 20
+        else:
+            result[0] += 1e-9
+    return result
+
+Engine.forward_backward = forward_backward
+sys.exit(cli.main(["train", *sys.argv[2:]]))
+"""
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("what", ["weight", "loss"])
+def test_corrupted_rank_stops_the_run_before_anything_is_saved_from_it(tokens, tmp_path, what):
+    config = tree(tokens, tmp_path, guard={"checksum_every_steps": 1}, checkpoint={"every_steps": 1})
+    config["train"] |= {"global_batch_size": 12}
+    code, text = broken_run(config, tmp_path, FLIPPED, what, 3)
+    assert code == Ending.CORRUPTED, text
+    marker = read(tmp_path / "run")
+    assert (marker["how"], marker["restart"], marker["step"]) == ("corrupted", True, 6)
+    (event,) = events(tmp_path, "corrupted")
+    assert "rank 1 differs from ranks 0, 2" in event["found"][0]
+    assert event["found"][0].startswith("loss: " if what == "loss" else "layers.")
+    assert complete_steps(tmp_path / "run")[-1] == 6
 
 
 def test_time_is_accounted_for():
