@@ -126,12 +126,30 @@ def run_plan(args: argparse.Namespace) -> int:
 
 
 def run_doctor(args: argparse.Namespace) -> int:
-    """What this machine has."""
+    """What this machine has, or what all processes of a run can do together."""
+    if args.cluster:
+        return _doctor_cluster(args)
     from esolm_megatron import doctor
 
     findings = doctor.report()
     show(doctor.as_table(findings), lambda: doctor.as_dict(findings), args.json)
     return doctor.exit_status(findings)
+
+
+def _doctor_cluster(args: argparse.Namespace) -> int:
+    if (args.processes or 1) > 1 and "RANK" not in os.environ:
+        from esolm_megatron.launch import run_local
+
+        words = ["doctor", "--cluster", f"--folder={args.folder}", *(["--json"] if args.json else [])]
+        return run_local([sys.executable, "-m", "esolm_megatron", *words], args.processes)
+    from pathlib import Path
+
+    from esolm_megatron.cluster import examine
+
+    report = examine(Path(args.folder))
+    if int(os.environ.get("RANK", 0)) == 0:
+        show(report.as_table(), report.as_dict, args.json)
+    return report.exit_status
 
 
 def run_train(args: argparse.Namespace) -> int:
@@ -148,9 +166,10 @@ def run_train(args: argparse.Namespace) -> int:
 
     outcome = train(config)
     if int(os.environ.get("RANK", 0)) == 0:
-        state = "finished" if outcome.finished else "stopped by a signal; start it again to continue"
+        state = " ".join([outcome.ending.name.lower().replace("_", " "), *filter(None, [outcome.detail])])
+        state += "; start it again to continue" if outcome.ending.restart else ""
         Console(stderr=True).print(f"{config.run_dir}: step {outcome.step} of {config.train.num_steps}, {state}")
-    return 0
+    return int(outcome.ending)
 
 
 def run_data(args: argparse.Namespace) -> int:
@@ -409,12 +428,19 @@ def parser() -> argparse.ArgumentParser:
     made = verb("sample", run_sample, "text from a converted model")
     made.add_argument("path", metavar="MODEL", help="folder made by esolm convert")
     fields(made, ", ".join(SampleOptions.model_fields))
-    verb("doctor", run_doctor, "what this machine has, and what each missing part costs")
+    made = verb("doctor", run_doctor, "what this machine has, and what each missing part costs")
+    made.add_argument(
+        "--cluster", action="store_true", help="try all processes of torchrun, srun or --processes together"
+    )
+    made.add_argument(
+        "--processes", type=int, default=None, metavar="N", help="with --cluster: start N on this machine"
+    )
+    made.add_argument("--folder", default=".", metavar="DIR", help="with --cluster: where each rank tries to write")
     return out
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit status: 0 done, 2 bad input, 1 anything else that was foreseen."""
+    """Run one verb; returns the exit status: 0 done, 2 bad input, 1 anything else that was foreseen; train: see Ending."""
     grammar = parser()
     args, rest = grammar.parse_known_args(argv)
     for word in rest:  # field=value words that come after a flag

@@ -14,7 +14,9 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
+
+from esolm_megatron.sections import GuardConfig, Section, WatchdogConfig
 
 
 class UserError(Exception):
@@ -23,12 +25,6 @@ class UserError(Exception):
 
 class ConfigError(UserError, ValueError):
     """A configuration that cannot run. Its text has one line for each problem."""
-
-
-class Section(BaseModel):
-    """A frozen group of fields that refuses names it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
 
 class ModelConfig(Section):
@@ -251,6 +247,8 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    guard: GuardConfig = GuardConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
 
     @property
     def run_dir(self) -> Path:

@@ -6,19 +6,23 @@ error under its own traceback.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
 import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from esolm_megatron.train.ending import Ending
 
 GRACE_S = 5.0
 
 
 def run_local(command: Sequence[str], num_processes: int) -> int:
-    """Exit status of `command` run as ranks 0 to num_processes - 1; 0 only if all of them are.
+    """Exit status of `command` run as ranks 0 to num_processes - 1, by `verdict`; 0 only if all of them are.
 
     SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 are passed on. When a rank fails, the others are ended.
     """
@@ -38,17 +42,39 @@ def run_local(command: Sequence[str], num_processes: int) -> int:
         signal.signal(number, pass_on)
     for rank in range(num_processes):
         env = {"OMP_NUM_THREADS": threads, **os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        ranks.append(subprocess.Popen(command, env=env, process_group=0))  # a terminal's Ctrl-C reaches only us
+        # its own group: a terminal's Ctrl-C reaches only us
+        ranks.append(subprocess.Popen(command, env=env, process_group=0, preexec_fn=_die_with(os.getpid())))  # noqa: PLW1509
     return _wait(ranks)
 
 
+def _die_with(parent: int) -> Callable[[], None] | None:
+    """For a new process: the kernel kills it when its parent dies, even by SIGKILL; None where there is no such thing.
+
+    A rank that outlived us would go on writing into the run folder beside the ranks that are started next.
+    """
+    if not sys.platform.startswith("linux"):
+        return None
+    prctl = ctypes.CDLL(None).prctl
+
+    def arm() -> None:
+        prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return arm
+
+
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
+    ended: dict[int, int] = {}  # in the order of time: what comes after the first failure is mostly its consequence
     deadline = None
     while True:
-        codes = [process.poll() for process in ranks]
-        failed = [code for code in codes if code]
-        if None not in codes:
-            return 0 if not failed else next((128 - code if code < 0 else code) for code in failed)
+        for rank, process in enumerate(ranks):
+            code = process.poll()
+            if code is not None and rank not in ended:
+                ended[rank] = 128 - code if code < 0 else code
+        failed = [code for code in ended.values() if code not in _IN_ORDER]
+        if len(ended) == len(ranks):
+            return verdict(list(ended.values()))
         if failed and deadline is None:  # the others wait for the dead one in a collective; they cannot finish
             deadline = time.monotonic() + GRACE_S
         if deadline is not None and time.monotonic() > deadline:
@@ -56,3 +82,16 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
                 if process.poll() is None:
                     process.kill()
         time.sleep(0.05)
+
+
+_IN_ORDER = (Ending.FINISHED, Ending.STOPPED)
+
+
+def verdict(codes: Sequence[int]) -> int:
+    """The exit status of a run whose ranks ended with `codes`, in the order of time.
+
+    The first that says why it failed; else the first that failed; else STOPPED if any was; else 0.
+    """
+    failed = [code for code in codes if code not in _IN_ORDER]
+    said = [code for code in failed if code in set(Ending) - {Ending.FAILED}]
+    return (said or failed or [max(codes)])[0]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import megatron.core.parallel_state as ps
 import numpy as np
@@ -14,7 +16,8 @@ from torch import Tensor
 from esolm_megatron.checkpoint import Checkpoint, Piece
 from esolm_megatron.config import Config
 from esolm_megatron.objective.esolm import Noised, OrderedRows, PackedBatch, mean_loss, pack
-from esolm_megatron.parallel import groups, pipeline, zero
+from esolm_megatron.parallel import groups, pipeline, replicas, zero
+from esolm_megatron.parallel.gate import Gate
 from esolm_megatron.parallel.layers import megatron_config
 
 
@@ -39,6 +42,7 @@ class Engine:
         self.chunks = pipeline.build_chunks(config, megatron, self.topology, self.device)
         self.owned = zero.owned_parameters(self.chunks, self.topology)
         self.deepspeed = zero.build(config, self.chunks, self.owned)
+        self.work = Stopwatch(self.device)
         self.state = zero.ZeroState(self.deepspeed, self.owned, self.topology, config.optim.ema_decay)
 
     @property
@@ -59,7 +63,8 @@ class Engine:
         num_valid = self._over_replicas(noised.num_valid)
         scale = len(noised.micro_batches) * self.topology.data_size  # the schedule and DeepSpeed take means
         batches = [batch.to(self.device) for batch in noised.micro_batches]
-        kept = pipeline.run(self.chunks, batches, pipeline.loss_outcome(num_valid, scale), forward_only=False)
+        with self.work:
+            kept = pipeline.run(self.chunks, batches, pipeline.loss_outcome(num_valid, scale), forward_only=False)
         zero.finish_gradients(self.chunks, self.state.gradients(), self.topology)
         return self._report(kept, num_valid)
 
@@ -147,3 +152,84 @@ class Engine:
     def close(self) -> None:
         """Leave the run."""
         groups.stop()
+
+    def try_step(
+        self, noised: Noised, lr: float, problem_of: Callable[[float, float], str | None]
+    ) -> tuple[StepResult, str | None]:
+        """One optimizer step, unless `problem_of(loss, grad_norm)` has an objection on any rank; returns it too.
+
+        A refused step leaves weights, moments, moving average and the number of steps untouched on all ranks.
+        """
+        loss, diffusion, sequential = self.forward_backward(noised).tolist()
+        with Gate(self.deepspeed.optimizer, lambda norm: problem_of(loss, norm), self.any_rank) as gate:
+            self.state.step(lr)
+        return StepResult(loss, diffusion, sequential, gate.norm), gate.problem
+
+    def disagreements(self) -> list[str]:
+        """A line for each parameter whose bits differ between replicas, naming ranks; the same on all ranks.
+
+        Ask before a step's update: it rounds the master weights into new ones everywhere, so that a wrong weight vanishes
+        and a wrong master weight becomes everyone's. Each rank compares its master weights with its weights for that.
+        """
+        group = ps.get_data_parallel_group(with_context_parallel=True)
+        found = replicas.disagreements([(o.name, o.parameter) for o in self.owned], group)
+        found += [
+            f"{name}: rank {self.topology.rank} holds a master weight that is not its weight"
+            for name in self._strayed()
+        ]
+        everywhere: list[Any] = [None] * self.topology.world_size
+        dist.all_gather_object(everywhere, found)
+        return list(dict.fromkeys(line for lines in everywhere for line in lines))
+
+    def _strayed(self) -> Iterator[str]:
+        for owned in self.owned:
+            mapping = getattr(owned.parameter, "_hp_mapping", None)
+            if mapping is None:
+                continue
+            low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
+            weights = owned.parameter.detach().view(-1)[low.start : low.start + low.numel]
+            masters = self.state.flats[mapping.param_group_index].detach()[high.start : high.start + high.numel]
+            if not torch.equal(weights, masters.to(weights.dtype)):
+                yield owned.name
+
+    def table(self, numbers: Sequence[float]) -> np.ndarray:
+        """(world_size, n) fp64: every rank's numbers, on every rank."""
+        mine = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        rows = [torch.empty_like(mine) for _ in range(self.topology.world_size)]
+        dist.all_gather(rows, mine)
+        return torch.stack(rows).cpu().numpy()
+
+    def from_first_rank(self, value: Any) -> Any:
+        """The first rank's `value`, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+
+class Stopwatch:
+    """Seconds that this rank's device spent in `with`, the last time; ranks of other replicas are not waited for inside.
+
+    Stages and tensor ranks do wait for each other there, so a slow rank shows in all ranks of its replica.
+    """
+
+    def __init__(self, device: torch.device):
+        on_gpu = device.type == "cuda"
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_gpu else []
+        self._start = self._end = 0.0
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+        if self._events:
+            self._events[0].record()
+
+    def __exit__(self, *exception: object) -> None:
+        self._end = time.perf_counter()
+        if self._events:
+            self._events[1].record()
+
+    def seconds(self) -> float:
+        """Ask once the step is over: on a GPU it waits for the work."""
+        if not self._events:
+            return self._end - self._start
+        self._events[1].synchronize()
+        return self._events[0].elapsed_time(self._events[1]) / 1000

@@ -137,6 +137,8 @@ class ZeroState:
         for group in optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
+        if not self.engine.was_step_applied():  # refused (gate.py): nothing was changed
+            return float("inf")
         self.num_steps += 1
         if self.ema:
             # weights of a true exponential average, with no bias towards the start: 0 at the first step, then towards decay

@@ -10,6 +10,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -36,6 +37,54 @@ def peak_flops(config: Config, device: torch.device) -> float:
     return 2 * 1024**3 / best
 
 
+_STATES = ("start", "step", "repeated", "skipped", "validation", "saving", "rollback")
+
+
+class WallClock:
+    """Where a process's time goes, since it started: useful steps, and what is lost to each cause.
+
+    repeated: steps that an earlier process, or this one before a rollback, had already made. skipped: refused steps.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(_STATES, 0.0)
+        self._mark = time.perf_counter()
+
+    def spent(self, state: str) -> float:
+        """Count the time since the last call as `state`; returns it."""
+        now = time.perf_counter()
+        seconds, self._mark = now - self._mark, now
+        self.seconds[state] += seconds
+        return seconds
+
+    def shares(self) -> dict[str, float]:
+        """goodput: share of the time in useful steps; lost_...: shares of the rest. They sum to 1."""
+        total = max(sum(self.seconds.values()), 1e-9)
+        lost = {f"lost_{state}": round(s / total, 4) for state, s in self.seconds.items() if state != "step" and s}
+        return {"goodput": round(self.seconds["step"] / total, 4), **lost}
+
+
+class Stragglers:
+    """Which rank the others wait for, from each rank's own seconds of work over the steps since the last report."""
+
+    def __init__(self, world_size: int):
+        self._busy = np.zeros(world_size)
+
+    def add(self, busy: np.ndarray) -> None:
+        """One step's (world_size,) seconds."""
+        self._busy += busy
+
+    def report(self) -> dict[str, Any]:
+        """slowest_rank; slowest_share: how much more it works than the median rank, as a share of its work."""
+        busy, self._busy = self._busy, np.zeros_like(self._busy)
+        if len(busy) < 2 or busy.max() == 0:
+            return {}
+        return {
+            "slowest_rank": int(busy.argmax()),
+            "slowest_share": round(float(1 - np.median(busy) / busy.max()), 4),
+        }
+
+
 class Metrics:
     """Writes one run's numbers, on the rank that has `active`; does nothing elsewhere.
 
@@ -48,9 +97,11 @@ class Metrics:
         self.wandb: Any = None
         self.last = (time.perf_counter(), start_step)
         self.tokens_per_step = config.train.global_batch_size * config.model.seq_length
+        self.reached = start_step
+        """The last step that has ever been made; those up to it are repeated."""
         if not active:
             return
-        _drop_after(self.path, start_step)
+        self.reached = max([start_step, *_drop_after(self.path, start_step)])
         if config.log.wandb != "off":
             self.wandb = _start_wandb(config)
         self.console = Console(stderr=True)
@@ -78,6 +129,12 @@ class Metrics:
             left = (self.config.train.num_steps - step) * seconds / steps
             self._show(step, values, left)
         self._write(step, values)
+
+    def go_back(self, step: int) -> None:
+        """Drop the lines of the steps after `step`, which are made again."""
+        self.last = (time.perf_counter(), step)
+        if self.active:
+            _drop_after(self.path, step)
 
     def log_validation(self, step: int, **values: Any) -> None:
         """Record a validation; its time does not count against training speed."""
@@ -112,19 +169,24 @@ class Metrics:
             self.wandb.finish()
 
 
-def _drop_after(path: Path, step: int) -> None:
+def _drop_after(path: Path, step: int) -> list[int]:
+    """Remove the lines of later steps; returns those steps."""
     if not path.exists():
-        return
-    lines = []
+        return []
+    lines, dropped = [], []
     for line in path.read_text().splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            of = json.loads(line)["step"]
+            if of <= step:
                 lines.append(line + "\n")
+            else:
+                dropped.append(of)
         except json.JSONDecodeError:  # a line that a killed process did not finish
             continue
     new = path.with_suffix(".new")
     new.write_text("".join(lines))
     os.replace(new, path)
+    return dropped
 
 
 def _start_wandb(config: Config) -> Any:

@@ -14,6 +14,8 @@ _FREE_TO_CHANGE = {
     "evaluate": None,
     "checkpoint": None,
     "log": None,
+    "guard": None,
+    "watchdog": None,
     "data": {"path", "prefetch_batches"},
 }
 """What a resumed run may change: it alters speed, length or reports, not what is trained."""

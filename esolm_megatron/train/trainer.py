@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import signal
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,20 @@ import numpy as np
 import torch
 
 from esolm_megatron import __version__, checkpoint
-from esolm_megatron.checkpoint import CheckpointError
+from esolm_megatron.checkpoint import Checkpoint, CheckpointError
 from esolm_megatron.config import Config, ConfigError, dump
-from esolm_megatron.data.stream import TokenStream, ValidationSet
+from esolm_megatron.data.stream import Batch, TokenStream, ValidationSet
 from esolm_megatron.model.size import flops_per_step, mask_capacity
 from esolm_megatron.objective.esolm import Noised, draw_step, draw_validation, mean_loss
-from esolm_megatron.parallel.engine import Engine
+from esolm_megatron.parallel.engine import Engine, StepResult
+from esolm_megatron.parallel.replicas import verdict
 from esolm_megatron.train import preflight
-from esolm_megatron.train.metrics import Metrics, peak_flops
+from esolm_megatron.train.ending import Ending, mark, mark_running
+from esolm_megatron.train.guard import Guard, kept
+from esolm_megatron.train.metrics import Metrics, Stragglers, WallClock, peak_flops
 from esolm_megatron.train.saver import Saver
 from esolm_megatron.train.schedule import learning_rate
+from esolm_megatron.train.watchdog import Watchdog
 
 
 class StopRequest:
@@ -42,12 +47,18 @@ class StopRequest:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: the step it reached, whether that is the last, and the newest numbers."""
+    """How a run ended, the step it reached, and the newest numbers. detail: what to know about an ending."""
 
     step: int
-    finished: bool
+    ending: Ending
+    detail: str
     loss: float | None
     validation_nelbo: float | None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step was made."""
+        return self.ending == Ending.FINISHED
 
 
 def due(step: int, every: int) -> bool:
@@ -59,6 +70,7 @@ def train(config: Config) -> Outcome:
     """Train, or continue the run in config.run_dir from its newest whole checkpoint.
 
     Every process of the run calls this. SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 end it after the step, with a checkpoint.
+    A process that hangs exits with Ending.HUNG.
 
     Raises:
         ConfigError: data, run folder or number of processes do not fit; before anything is written.
@@ -66,76 +78,223 @@ def train(config: Config) -> Outcome:
     config = preflight.resolve(config)
     preflight.refuse_other_run(config)
     stop = StopRequest()
-    engine = Engine(config)
-    try:
-        return _train(config, engine, stop)
-    finally:
-        engine.close()
+    with Watchdog(config.watchdog, config.run_dir, int(os.environ.get("RANK", 0))) as watchdog:
+        engine = Engine(config)
+        run = _Run(config, engine, stop, watchdog)
+        try:
+            outcome = run.go()
+        except Exception as error:
+            if engine.is_first_rank and run.started:
+                mark(config.run_dir, Ending.FAILED, run.step, f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            engine.close()
+        if engine.is_first_rank:
+            mark(config.run_dir, outcome.ending, outcome.step, outcome.detail)
+        return outcome
 
 
-def _train(config: Config, engine: Engine, stop: StopRequest) -> Outcome:
-    top, t = engine.topology, config.train
-    stream = TokenStream(
+class _Run:
+    """One process's part in a run."""
+
+    def __init__(self, config: Config, engine: Engine, stop: StopRequest, watchdog: Watchdog):
+        self.config, self.engine, self.stop, self.watchdog = config, engine, stop, watchdog
+        self.clock = WallClock()
+        self.stragglers = Stragglers(engine.topology.world_size)
+        self.guard = Guard(config.guard, config.run_dir, writes=engine.is_first_rank)
+        self.corruption: list[str] = []
+        self.loss: float | None = None
+        self.nelbo: float | None = None
+        self.step, self.saved, self.started = 0, 0, False
+        self.noised_by = _noising(config, engine)
+
+    def go(self) -> Outcome:
+        """The run, from its newest checkpoint to its end."""
+        config, engine, t = self.config, self.engine, self.config.train
+        stream = _stream(config, engine)
+        self.fingerprint = stream.fingerprint
+        self.step = self.saved = resume(config, engine, stream.fingerprint)
+        self._restore_guard()
+        if engine.is_first_rank:
+            prepare_run_folder(config)
+            mark_running(config.run_dir, self.step)
+        self.started = True
+        self.validation = Validation(config, engine) if config.evaluate.every_steps else None
+        self.metrics = Metrics(
+            config,
+            self.step,
+            active=engine.is_first_rank,
+            flops_per_step=flops_per_step(config),
+            peak=peak_flops(config, engine.device) * engine.topology.world_size,
+        )
+        self.clock.spent("start")
+        ending, detail = Ending.FINISHED if self.step >= t.num_steps else None, ""
+        with Saver(config, engine) as self.saver:
+            while ending is None:  # once more after each rollback
+                first = self.guard.batch_of(self.step)
+                with stream.prefetch(first, None, config.data.prefetch_batches) as batches:
+                    ending, detail = self._train_on(kept(batches, first, self.guard))
+            with self.watchdog.slow("saving"):
+                self.saver.drain()
+        self.metrics.close()
+        stream.close()
+        return Outcome(self.step, ending, detail, self.loss, self.nelbo)
+
+    def _train_on(self, batches: Iterator[tuple[int, Batch]]) -> tuple[Ending | None, str]:
+        """Steps until the run ends, or goes back to a checkpoint (None)."""
+        config, engine, guard, t = self.config, self.engine, self.guard, self.config.train
+        fresh = True
+        for number, batch in batches:
+            noised = self.noised_by(batch, self.step + 1)
+            lr = learning_rate(self.step, config.optim, t.num_steps)
+            result, problem = engine.try_step(noised, lr, self._objection)
+            flags = [float(self.stop.signal is not None), float(self.saver.failed)]
+            table = engine.table([result.loss, engine.work.seconds(), *flags])
+            stopping = bool(table[:, 2].any())
+            if table[:, 3].any():
+                self.saver.check()
+            corrupted = self._corrupted(table[:, 0])
+            if corrupted:
+                return Ending.CORRUPTED, corrupted
+            if problem is not None:
+                self.watchdog.step_done(self.step, None if fresh else self.clock.spent("skipped"))
+                guard.refuse(self.step + 1, number, t.global_batch_size, problem, result.loss, result.grad_norm)
+                if guard.must_roll_back and not stopping:
+                    return self._roll_back()
+            else:
+                self.step, self.loss = self.step + 1, result.loss
+                guard.accept(result.loss, result.grad_norm)
+                self.stragglers.add(table[:, 1])
+                seconds = self.clock.spent("step" if self.step > self.metrics.reached else "repeated")
+                self.watchdog.step_done(self.step, None if fresh else seconds)
+                self._report(result, lr, first=fresh)
+                if fresh:
+                    self.saver.reserve(engine.pieces())  # moments exist from the first step on
+            fresh = False
+            self._save_if_due(stopping, new_step=problem is None)
+            if self.step == t.num_steps:
+                return Ending.FINISHED, ""
+            if stopping:
+                return Ending.STOPPED, "a signal asked for it"
+        raise AssertionError("batches never end")
+
+    def _report(self, result: StepResult, lr: float, *, first: bool) -> None:
+        config, step = self.config, self.step
+        if due(step, config.train.log_every_steps) or step == config.train.num_steps or first:
+            facts = {**self.stragglers.report(), **self.clock.shares()}
+            if self.guard.skipped:
+                facts["skipped_batches"] = self.guard.batch_of(step) - step
+            self.metrics.log(step, **vars(result), lr=lr, **facts)
+        if self.validation is None:
+            return
+        if due(step, config.evaluate.every_steps) or step == config.train.num_steps:
+            with self.watchdog.slow("validation"):
+                self.nelbo = self.validation.nelbo()
+            self.metrics.log_validation(
+                step, validation_nelbo=self.nelbo, validation_perplexity=float(np.exp(self.nelbo))
+            )
+            self.clock.spent("validation")
+
+    def _save_if_due(self, stopping: bool, *, new_step: bool) -> None:
+        config, step = self.config, self.step
+        wanted = due(step, config.checkpoint.every_steps) or step == config.train.num_steps
+        if (new_step and wanted) or (stopping and step > self.saved):
+            numbers = {"loss": self.loss, "validation_nelbo": self.nelbo, "guard": self.guard.state()}
+            with self.watchdog.slow("saving"):
+                save(config, self.engine, self.saver, step, self.fingerprint, numbers)
+            self.saved = step
+            self.clock.spent("saving")
+
+    def _objection(self, loss: float, norm: float) -> str | None:
+        """Why a step must not be made; asked on all ranks, after backward and before the update."""
+        if due(self.step + 1, self.config.guard.checksum_every_steps) and self.engine.topology.data_size > 1:
+            self.corruption = self.engine.disagreements()
+        return "corrupted weights" if self.corruption else self.guard.problem(loss, norm)
+
+    def _corrupted(self, losses: np.ndarray) -> str:
+        """Who holds other weights, or another loss, than its replicas; empty where all agree."""
+        bits = np.where(np.isnan(losses), np.nan, losses).view(np.int64).tolist()  # one pattern for nan
+        found = [*([verdict("loss", range(len(bits)), bits)] if len(set(bits)) > 1 else []), *self.corruption]
+        if not found:
+            return ""
+        self.guard.event("corrupted", step=self.step, found=found)
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        return f"{'; '.join(found[:3])}{more}; look at that rank's memory, and leave out its machine"
+
+    def _restore_guard(self) -> None:
+        """Make all ranks leave out the batches that this run has left out so far."""
+        state = record = None
+        if self.engine.is_first_rank:
+            record = self.guard.read_record()
+            if self.step:
+                found = Checkpoint.open(checkpoint.step_folder(self.config.run_dir, self.step))
+                state = found.manifest["numbers"].get("guard")
+        state, record = self.engine.from_first_rank((state, record))
+        self.guard.restore(self.step, state, record)
+
+    def _roll_back(self) -> tuple[Ending | None, str]:
+        """Go back to an earlier checkpoint; an ending where there is none left to go to."""
+        config, engine, guard = self.config, self.engine, self.guard
+        with self.watchdog.slow("saving"):
+            self.saver.drain()
+        saved = checkpoint.complete_steps(config.run_dir) if engine.is_first_rank else []
+        target = engine.from_first_rank(guard.target(self.step, saved))
+        if target is None:
+            return Ending.BAD_NUMBERS, guard.give_up(self.step)
+        with self.watchdog.slow("rollback"):
+            guard.roll_back(self.step, target)
+            if engine.is_first_rank:
+                _set_aside(config.run_dir, [s for s in saved if s > target], len(guard.rollbacks))
+            found = Checkpoint.open(checkpoint.step_folder(config.run_dir, target), verify=engine.is_first_rank)
+            engine.restore(found, tuple(found.kinds()), target)
+            self.metrics.reached = max(self.metrics.reached, self.step)
+            self.metrics.go_back(target)
+            self.step = self.saved = target
+            self._restore_guard()
+        self.clock.spent("rollback")
+        return None, ""
+
+
+def _set_aside(run_dir: Path, steps: Sequence[int], number: int) -> None:
+    """Rename the checkpoints that the run went back over: it will save these steps again."""
+    for step in steps:
+        folder = checkpoint.step_folder(run_dir, step)
+        folder.rename(folder.with_name(f"{folder.name}.rolled_back-{number}"))
+
+
+def _stream(config: Config, engine: Engine) -> TokenStream:
+    return TokenStream(
         config.data.path,
         seq_length=config.model.seq_length,
-        global_batch_size=t.global_batch_size,
-        data_rank=top.data_rank,
-        data_size=top.data_size,
+        global_batch_size=config.train.global_batch_size,
+        data_rank=engine.topology.data_rank,
+        data_size=engine.topology.data_size,
         seed=config.seed,
         num_lanes=config.data.num_lanes,
         shuffle_window=config.data.shuffle_window,
     )
-    start = resume(config, engine, stream.fingerprint)
-    if engine.is_first_rank:
-        prepare_run_folder(config)
-    validation = Validation(config, engine) if config.evaluate.every_steps else None
-    metrics = Metrics(
-        config,
-        start,
-        active=engine.is_first_rank,
-        flops_per_step=flops_per_step(config),
-        peak=peak_flops(config, engine.device) * top.world_size,
-    )
+
+
+def _noising(config: Config, engine: Engine) -> Callable[[Batch, int], Noised]:
+    """A function of this rank's batch and the step (from 1) it makes: the batch with the noise of that step."""
+    top, t = engine.topology, config.train
     multiple = math.lcm(64, top.tensor_size)  # sequence parallelism cuts the packed row evenly
     capacity = mask_capacity(config.model.seq_length, config.objective.alpha_0, multiple)
-    num_micro_batches = t.global_batch_size // (t.micro_batch_size * top.data_size)
-    saved, loss, nelbo, step = start, None, None, start
-    prefetch = stream.prefetch(start, t.num_steps, config.data.prefetch_batches)
-    with Saver(config, engine) as saver, prefetch as batches:
-        for step, batch in enumerate(batches, start + 1):
-            noised = draw_step(
-                batch.tokens,
-                batch.valid,
-                batch.rows,
-                config.objective,
-                mask_id=config.model.mask_id,
-                global_batch_size=t.global_batch_size,
-                num_micro_batches=num_micro_batches,
-                capacity=capacity,
-                key=(config.seed, step),
-            )
-            lr = learning_rate(step - 1, config.optim, t.num_steps)
-            result = engine.train_step(noised, lr)
-            loss = result.loss
-            if due(step, t.log_every_steps) or step in (start + 1, t.num_steps):
-                metrics.log(step, **vars(result), lr=lr)
-            if validation is not None and (due(step, config.evaluate.every_steps) or step == t.num_steps):
-                nelbo = validation.nelbo()
-                metrics.log_validation(step, validation_nelbo=nelbo, validation_perplexity=float(np.exp(nelbo)))
-            if step == start + 1:
-                saver.reserve(engine.pieces())  # moments exist from the first step on
-            stopping = engine.any_rank(stop.signal is not None or saver.failed)
-            if stopping:
-                saver.check()
-            if due(step, config.checkpoint.every_steps) or step == t.num_steps or stopping:
-                save(config, engine, saver, step, stream.fingerprint, {"loss": loss, "validation_nelbo": nelbo})
-                saved = step
-            if stopping:
-                break
-    metrics.close()
-    stream.close()
-    assert saved == step
-    return Outcome(step, step == t.num_steps, loss, nelbo)
+
+    def noised(batch: Batch, step: int) -> Noised:
+        return draw_step(
+            batch.tokens,
+            batch.valid,
+            batch.rows,
+            config.objective,
+            mask_id=config.model.mask_id,
+            global_batch_size=t.global_batch_size,
+            num_micro_batches=t.global_batch_size // (t.micro_batch_size * top.data_size),
+            capacity=capacity,
+            key=(config.seed, step),
+        )
+
+    return noised
 
 
 class Validation:

@@ -20,6 +20,7 @@ from esolm_megatron.checkpoint import Checkpoint, complete_steps, newest, step_f
 from esolm_megatron.config import ConfigError, check, load
 from esolm_megatron.data.prepare import PrepareConfig, prepare
 from esolm_megatron.train import preflight
+from esolm_megatron.train.ending import Ending, read
 
 pytestmark = pytest.mark.gloo
 
@@ -78,6 +79,25 @@ def finish(process, timeout=120):
     return process.returncode, text
 
 
+def ranks_of(folder):
+    """Ids of the processes, apart from their launcher, that train what is described in `folder`."""
+    out = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = process.joinpath("cmdline").read_bytes().split(b"\0")
+            environment = process.joinpath("environ").read_bytes()
+            if str(folder).encode() in b" ".join(words) and b"\0RANK=" in b"\0" + environment:
+                out.append(int(process.name))
+    return sorted(out)
+
+
+def await_end_of_ranks(folder):
+    deadline = time.time() + 20
+    while ranks_of(folder):
+        assert time.time() < deadline, "ranks outlive their launcher"
+        time.sleep(0.01)
+
+
 def state(run, step):
     """Every saved tensor of a step."""
     checkpoint = Checkpoint.open(step_folder(run, step), verify=True)
@@ -101,6 +121,7 @@ def uninterrupted(tokens, tmp_path_factory):
 
 def test_run_leaves_everything(uninterrupted):
     assert complete_steps(uninterrupted) == [4, 8, 12]
+    assert read(uninterrupted)["how"] == "finished"
     lines = [json.loads(x) for x in (uninterrupted / "metrics.jsonl").read_text().splitlines()]
     losses = {x["step"]: x["loss"] for x in lines if "loss" in x}
     assert list(losses) == list(range(1, 13))
@@ -142,6 +163,8 @@ def test_kill_minus_nine_loses_nothing_saved(tokens, uninterrupted, tmp_path, se
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             kills += 1
+            await_end_of_ranks(tmp_path)
+            assert read(tmp_path / "run")["how"] == "running", "gone, and still running: killed"
             found = newest(tmp_path / "run", verify=True)
             assert found is not None
             assert found.step > before
@@ -164,8 +187,10 @@ def test_signal_saves_and_continues(tokens, tmp_path, processes, number):
         time.sleep(0.02)
     process.send_signal(number)
     code, text = finish(process)
-    assert code == 0, text
+    assert code == Ending.STOPPED, text
+    marker = read(tmp_path / "run")
     (step,) = complete_steps(tmp_path / "run")
+    assert (marker["how"], marker["exit_code"], marker["restart"], marker["step"]) == ("stopped", 75, True, step)
     assert 3 <= step < 4000
     assert "continue" in text
 

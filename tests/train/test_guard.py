@@ -1,0 +1,204 @@
+"""Bad steps are refused on all ranks together and leave no trace; corrupted replicas are named."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+from truth import make_config, share_of_step
+
+from esolm_megatron.parallel.replicas import checksum, verdict
+from esolm_megatron.sections import GuardConfig
+from esolm_megatron.train.guard import Guard, Rollback, kept, spike
+
+GOOD = ["good", "good", "good", "good"]
+WITH_BAD = ["good", "good", "nan", "spike", "good", "nan", "good"]
+
+
+def poisoned(noised, factor):
+    """The same micro-batches with the loss of one of them multiplied: what broken data or a broken sum looks like."""
+    first, *rest = noised.micro_batches
+    return dataclasses.replace(
+        noised, micro_batches=[dataclasses.replace(first, weights=first.weights * factor), *rest]
+    )
+
+
+def train(config, kinds, poisoned_data_rank):
+    """One rank: its state after the good steps, and what was refused. Bad batches hold other rows than good ones."""
+    from esolm_megatron.parallel.engine import Engine
+
+    engine = Engine(config)
+    top = engine.topology
+    norms, refused, good = [], [], 0
+
+    def problem_of(loss, norm):
+        found = None if np.isfinite(loss) and np.isfinite(norm) and norm < 1e4 else f"{loss} {norm}"
+        return found
+
+    for number, kind in enumerate(kinds):
+        noised = share_of_step(config, good if kind == "good" else 100 + number, top.data_rank, top.data_size)
+        if kind != "good" and top.data_rank == poisoned_data_rank:
+            noised = poisoned(noised, float("nan") if kind == "nan" else 1e7)
+        result, problem = engine.try_step(noised, config.optim.lr, problem_of)
+        refused.append(problem is not None)
+        if problem is None:
+            good += 1
+            norms.append(result.grad_norm)
+    pieces = {(p.kind, p.name, p.offset): p.tensor.clone() for p in engine.pieces()}
+    parameters = [o.parameter.detach().float() for o in engine.owned]
+    return norms, refused, pieces, parameters, engine.state.num_steps
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("world_size", "parallel"),
+    [(1, {}), (2, {}), (2, {"tensor_size": 2}), (2, {"pipeline_size": 2}), (4, {"tensor_size": 2, "sequence_parallel": True})],
+    ids=["dp1", "dp2", "tp2", "pp2", "tp2_sp_dp2"],
+)  # fmt: skip
+def test_refused_steps_leave_no_trace(world_size, parallel, precision):
+    config = make_config(parallel=parallel, train={"precision": precision})
+    last = world_size // (parallel.get("tensor_size", 1) * parallel.get("pipeline_size", 1)) - 1
+    clean = run_ranks(train, world_size, config, GOOD, last)
+    dirty = run_ranks(train, world_size, config, WITH_BAD, last)
+    for (norms, refused, pieces, parameters, steps), (norms_2, refused_2, pieces_2, parameters_2, steps_2) in zip(
+        clean, dirty, strict=True
+    ):
+        assert refused == [False] * 4
+        assert refused_2 == [kind != "good" for kind in WITH_BAD]
+        assert steps == steps_2 == 4
+        assert norms == norms_2
+        assert pieces.keys() == pieces_2.keys()
+        assert {key[0] for key in pieces} == {"weight", "exp_avg", "exp_avg_sq", "ema"}
+        for key, value in pieces.items():
+            assert torch.equal(value, pieces_2[key]), key
+        assert all(torch.equal(a, b) for a, b in zip(parameters, parameters_2, strict=True))
+
+
+def flip(config, victim, name, place, bit, master=False):
+    from esolm_megatron.parallel.engine import Engine
+
+    engine = Engine(config)
+    engine.train_step(share_of_step(config, 0, engine.topology.data_rank, engine.topology.data_size), 1e-3)
+    before = engine.disagreements()
+    if engine.topology.rank == victim:
+        (parameter,) = [o.parameter for o in engine.owned if o.name == name]
+        if master:
+            mapping = parameter._hp_mapping
+            parameter = engine.state.flats[mapping.param_group_index]
+            place += mapping.hp_fragment_address.start
+        kind = torch.int32 if parameter.element_size() == 4 else torch.int16
+        parameter.data.view(-1).view(kind)[place] ^= 1 << bit
+    return before, engine.disagreements()
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize(
+    ("world_size", "parallel", "precision", "expected"),
+    [
+        (3, {}, "fp32", "rank 1 differs from ranks 0, 2"),
+        (2, {}, "bf16", "ranks 0, 1 differ, and no majority says which is right"),
+        (4, {"tensor_size": 2}, "fp32", "ranks 1, 3 differ, and no majority says which is right"),
+    ],
+)
+def test_one_flipped_bit_is_named(world_size, parallel, precision, expected):
+    config = make_config(parallel=parallel, train={"precision": precision, "global_batch_size": 12})
+    for place, bit in ((0, 0), (77, 14)):
+        results = run_ranks(flip, world_size, config, 1, "layers.2.mlp.fc1.weight", place, bit)
+        for before, after in results:
+            assert before == []
+            assert f"layers.2.mlp.fc1.weight: {expected}" in after
+            assert all("rank 1 holds a master weight" in x for x in after if expected not in x)
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_flipped_bit_of_a_master_weight_is_named(precision):
+    """It is no difference between replicas until the next update makes it everyone's."""
+    config = make_config(train={"precision": precision, "global_batch_size": 8})
+    for before, after in run_ranks(flip, 2, config, 1, "layers.2.mlp.fc1.weight", 3, 20, True):
+        assert before == []
+        assert after == ["layers.2.mlp.fc1.weight: rank 1 holds a master weight that is not its weight"]
+
+
+def test_every_single_bit_changes_the_checksum():
+    tensor = torch.randn(3, 5, 7)
+    for kind, bits, ints in ((torch.float32, 32, torch.int32), (torch.bfloat16, 16, torch.int16)):
+        cast = tensor.to(kind)
+        seen = {int(checksum(cast))}
+        for place in range(0, 105, 13):
+            for bit in range(bits):
+                other = cast.clone()
+                other.view(-1).view(ints)[place] ^= -(1 << (bits - 1)) if bit == bits - 1 else 1 << bit
+                seen.add(int(checksum(other)))
+        assert len(seen) == 1 + 9 * bits
+    assert int(checksum(tensor.flip(0))) != int(checksum(tensor)), "places count"
+
+
+def test_the_minority_is_named():
+    assert verdict("w", [4, 5, 6, 7], [1, 1, 2, 1]) == "w: rank 6 differs from ranks 4, 5, 7"
+    assert verdict("w", [0, 1, 2, 3, 4], [1, 9, 1, 8, 1]) == "w: ranks 1, 3 differ from ranks 0, 2, 4"
+    assert "no majority" in verdict("w", [0, 1, 2, 3], [1, 1, 2, 2])
+
+
+def test_spikes_stand_out_from_what_came_before():
+    config = GuardConfig(spike_factor=10, min_history=5, window=8)
+    before = [2.0, 2.1, 1.9, 2.0, 2.1, 1.9]
+    deviation = 1.4826 * 0.1
+    assert spike(2 + 9.9 * deviation, before, config) is None
+    assert spike(2 + 10.1 * deviation, before, config) == pytest.approx(2 + 10 * deviation)
+    assert spike(99.0, before[:4], config) is None, "too little to judge by"
+    assert spike(2.19, [2.0] * 6, config) is None, "no deviation at all: 1 % of the median is taken"
+    assert spike(2.21, [2.0] * 6, config) is not None
+    assert spike(1e9, before, GuardConfig(spike_factor=0, min_history=2)) is None
+
+
+def guard(tmp_path, **fields):
+    return Guard(GuardConfig(**fields), tmp_path, writes=True)
+
+
+def test_batches_left_out_shift_only_the_steps_after_them(tmp_path):
+    made = guard(tmp_path)
+    assert [made.batch_of(s) for s in range(4)] == [0, 1, 2, 3]
+    made.skipped = {0, 3, 4, 9}
+    assert [made.batch_of(s) for s in range(8)] == [1, 2, 5, 6, 7, 8, 10, 11]
+    assert "".join(b for _, b in kept(iter("abcdefghijkl"), 0, made)) == "bcfghikl"
+
+
+def test_rollback_leaves_out_what_led_there(tmp_path):
+    made = guard(tmp_path, rollback_after=2, rollback_skip_batches=3)
+    for batch in (10, 11):
+        assert not made.must_roll_back
+        made.refuse(11, batch, 8, "loss is nan", float("nan"), 1.0)
+    assert made.must_roll_back
+    assert made.target(10, [4, 8, 10]) == 8
+    made.roll_back(10, 8)
+    assert made.skipped == {8, 9, 10, 11}, "not before the checkpoint's own next batch"
+    assert made.batch_of(8) == 12
+    assert not made.must_roll_back
+    assert made.target(10, [4, 8]) == 4, "back at the same place: an older one"
+    assert made.target(13, [4, 8, 12]) == 12, "it led further: the newest"
+    assert made.target(3, [4]) == 4
+    assert made.target(3, []) is None
+    made.rollbacks *= 3
+    assert made.target(13, [4, 8, 12]) is None, "max_rollbacks"
+
+
+def test_another_process_leaves_out_the_same(tmp_path):
+    first = guard(tmp_path, skip_batches=(2, 50))
+    first.restore(0, None, None)
+    assert first.skipped == {2, 50}
+    first.accept(1.0, 2.0)
+    state = first.state()
+    first.refuse(5, 6, 8, "loss is nan", float("nan"), 1.0)
+    first.rollbacks.append(Rollback(9, 4))
+    first.refuse(5, 7, 8, "loss is nan", float("nan"), 1.0)
+    second = guard(tmp_path, skip_batches=(1, 2, 50, 60))
+    second.restore(4, state, second.read_record())
+    assert second.skipped == {2, 50, 6, 7, 60}, "1 is already trained on"
+    assert second.rollbacks == [Rollback(9, 4)]
+    assert list(second.losses) == [1.0]
+    alone = guard(tmp_path / "elsewhere")
+    alone.restore(4, state, None)
+    assert alone.skipped == {2, 50}
