@@ -90,9 +90,11 @@ def start(config: Config) -> tuple[Topology, torch.device]:
         tensor_model_parallel_size=sizes.tensor_size,
         pipeline_model_parallel_size=sizes.pipeline_size,
         virtual_pipeline_model_parallel_size=sizes.virtual_pipeline_size if sizes.virtual_pipeline_size > 1 else None,
+        context_parallel_size=sizes.context_size,
         create_gloo_process_groups=False,
     )
-    topology = Topology(rank, world_size, sizes.tensor_size, sizes.pipeline_size)
+    topology = Topology(rank, world_size, sizes.tensor_size, sizes.pipeline_size, sizes.context_size)
+    assert topology.context_rank == ps.get_context_parallel_rank()
     assert topology.tensor_rank == ps.get_tensor_model_parallel_rank()
     assert topology.stage == ps.get_pipeline_model_parallel_rank()
     assert topology.data_rank == ps.get_data_parallel_rank()
@@ -112,6 +114,7 @@ def _join(device: torch.device, rank: int, world_size: int, timeout_s: float) ->
 
 def stop() -> None:
     """Leave the run."""
+    LoneUnit.group = None
     ps.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -152,3 +155,26 @@ class ModelParallelUnit:
         """Stage-major place among them."""
         tensor = ps.get_tensor_model_parallel_world_size()
         return ps.get_pipeline_model_parallel_rank() * tensor + ps.get_tensor_model_parallel_rank()
+
+
+class LoneUnit(ModelParallelUnit):
+    """The same for an optimizer that every data rank holds whole (ZeRO 0): each is its own data-parallel group."""
+
+    group: Any = None
+
+    @classmethod
+    def get_data_parallel_group(cls) -> Any:
+        """A group of this process alone; made once per run."""
+        if cls.group is None:
+            cls.group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        return cls.group
+
+    @staticmethod
+    def get_data_parallel_rank() -> int:
+        """0."""
+        return 0
+
+    @staticmethod
+    def get_data_parallel_world_size() -> int:
+        """1."""
+        return 1

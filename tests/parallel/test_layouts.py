@@ -36,14 +36,14 @@ def train(config, num_steps):
     for step in range(num_steps):
         noised = share_of_step(config, step, top.data_rank, top.data_size)
         loss = engine.forward_backward(noised)[0].item()
-        if step == 0:
+        if step == 0 and config.parallel.zero_stage < 2:
             for owned in engine.owned:
                 grad = engine.state.gradients()[owned.parameter].clone()
                 torch.distributed.all_reduce(grad, group=_data_group())
                 shape = tuple(grad.shape)
                 whole = whole_shape(shape, split_of(owned.parameter), top.tensor_size)
                 for box in boxes(shape, split_of(owned.parameter), top.tensor_rank, top.tensor_size):
-                    piece = grad[_slices(box.local, box.shape)] / top.data_size
+                    piece = grad[_slices(box.local, box.shape)] / torch.distributed.get_world_size(_data_group())
                     out["grads"].append((owned.name, whole, box.whole, piece.numpy()))
         norm = engine.state.step(config.optim.lr)
         out["losses"].append(loss)
@@ -58,7 +58,7 @@ def train(config, num_steps):
 def _data_group():
     import megatron.core.parallel_state as ps
 
-    return ps.get_data_parallel_group()
+    return ps.get_data_parallel_group(with_context_parallel=True)
 
 
 def _slices(start, shape):
@@ -85,7 +85,8 @@ def compare(results, truth, tolerance):
         assert result["losses"] == pytest.approx(truth["losses"], rel=tolerance)
         assert result["norms"] == pytest.approx(truth["norms"], rel=10 * tolerance)
     assert min(truth["norms"]) > 0.5, "clipping must be active"
-    close(assemble([p for r in results for p in r["grads"]]), truth["grads"], 10 * tolerance)
+    if results[0]["grads"]:
+        close(assemble([p for r in results for p in r["grads"]]), truth["grads"], 10 * tolerance)
     saved = [p for r in results for p in r["pieces"]]
     for kind, label in (("weight", "weights"), ("ema", "ema")):
         mine = assemble([(k.split("|")[1], *rest) for k, *rest in saved if k.startswith(kind)])
