@@ -85,7 +85,7 @@ class Engine:
         return self._sums(kept), num_valid
 
     def _over_replicas(self, counts: Tensor) -> Tensor:
-        total = counts.to(self.device)
+        total = counts.to(self.device, copy=True)  # the caller's stays its own
         dist.all_reduce(total, group=ps.get_data_parallel_group())
         return total
 
