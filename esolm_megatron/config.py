@@ -16,8 +16,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from esolm_megatron.legal import layout_problems
-from esolm_megatron.legal import world_problems as world_problems
+from esolm_megatron.legal import layout_problems, world_problems  # noqa: F401 - callers of a Config ask here
 
 
 class UserError(Exception):

@@ -28,12 +28,11 @@ def _tensor_and_context_problems(c: Any) -> Iterator[str]:
     m, p = c.model, c.parallel
     tp, cp = p.tensor_size, p.context_size
     for name, value in (("num_heads", m.num_heads), ("num_kv_heads", m.num_kv_heads), ("ffn_hidden_size", m.ffn_size)):
-        if value is None:
-            continue
-        if value % tp:
+        if value is not None and value % tp:
             yield f"parallel.tensor_size = {tp}: must divide model.{name} = {value}"
-        elif cp > 1 and name != "ffn_hidden_size" and value // tp % cp:
-            yield f"parallel.context_size = {cp}: times tensor_size = {tp} it must divide model.{name} = {value}"
+    if m.kv_heads % tp == 0 and m.kv_heads // tp % cp:  # they divide the query heads
+        name = "num_heads" if m.num_kv_heads is None else "num_kv_heads"
+        yield f"parallel.context_size = {cp}: times tensor_size = {tp} it must divide model.{name} = {m.kv_heads}"
     if p.sequence_parallel and tp == 1:
         yield "parallel.sequence_parallel = true: needs parallel.tensor_size of 2 or more; set it to false"
     if p.sequence_parallel and m.seq_length % tp:

@@ -316,7 +316,7 @@ def channels_per_token(model: ModelConfig, recompute: str, tensor_size: int, seq
 
 
 def _logits_bytes(config: Config) -> int:
-    """Three fp32 copies of a rank's part of a micro-batch's logits (themselves, softmax, gradient), were every place of it masked."""
+    """Three fp32 copies of a rank's part of the logits (themselves, softmax, gradient), were every place of it masked."""
     diffusion, _ = _rows(config)
     plain = 0 if config.objective.diffusion_loss == "any_order" else diffusion * config.model.seq_length
     places, tensor_size = plain + _mask_places(config), config.parallel.tensor_size

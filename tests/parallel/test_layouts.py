@@ -179,7 +179,9 @@ def test_bf16_accumulates_and_reduces_in_fp32(name):
     gradients = saved(one, "first")["exp_avg"]
     close(saved(many, "first")["exp_avg"], gradients, 1e-5 if exact else 0.1)
     truth = first_momentum(truth_of(split))
-    assert max((v - truth[k]).abs().max() / truth[k].abs().max() for k, v in gradients.items()) > 1e-3, "bf16 is not fp32"
+    assert max((v - truth[k]).abs().max() / truth[k].abs().max() for k, v in gradients.items()) > 1e-3, (
+        "bf16 is not fp32"
+    )
     # later a rounding of the sum may flip one of the weights' last bits
     assert many[0]["losses"] == pytest.approx(one[0]["losses"], rel=2e-3 if exact else 2e-2)
 

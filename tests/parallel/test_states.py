@@ -137,9 +137,7 @@ def validation_share(config, rows):
     tokens = np.random.default_rng(9).integers(0, m.mask_id, (8, m.seq_length))[rows]
     valid = np.ones_like(tokens, bool)
     valid[rows == 3, 5:] = False
-    return draw_validation(
-        tokens, valid, rows, 8, config.objective, mask_id=m.mask_id, key=(config.seed, "validation")
-    )
+    return draw_validation(tokens, valid, rows, 8, config.objective, mask_id=m.mask_id, key=(config.seed, "validation"))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
