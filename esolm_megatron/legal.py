@@ -35,13 +35,12 @@ def _tensor_and_context_problems(c: Any) -> Iterator[str]:
         yield f"parallel.context_size = {cp}: times tensor_size = {tp} it must divide model.{name} = {m.kv_heads}"
     if p.sequence_parallel and tp == 1:
         yield "parallel.sequence_parallel = true: needs parallel.tensor_size of 2 or more; set it to false"
-    if p.sequence_parallel and m.seq_length % tp:
-        yield f"model.seq_length = {m.seq_length}: sequence parallelism needs a multiple of parallel.tensor_size = {tp}"
-    elif cp > 1 and m.seq_length % (tp * cp):
-        yield (
-            f"model.seq_length = {m.seq_length}: context parallelism needs a multiple of parallel.tensor_size x context_size = "
-            f"{tp} x {cp}"
-        )
+    cut = cp * (tp if p.sequence_parallel else 1)
+    if m.seq_length % cut:
+        names = {(True, False): "sequence parallelism needs a multiple of parallel.tensor_size",
+                 (False, True): "context parallelism needs a multiple of parallel.context_size",
+                 (True, True): "sequence and context parallelism need a multiple of tensor_size x context_size"}  # fmt: skip
+        yield f"model.seq_length = {m.seq_length}: {names[p.sequence_parallel, cp > 1]} = {cut}"
 
 
 def _stage_problems(c: Any) -> Iterator[str]:

@@ -124,7 +124,11 @@ CROSS_FIELD = {
     ),
     "length against CP": (
         {"parallel": {"context_size": 2}},
-        "model.seq_length = 35: context parallelism needs a multiple of parallel.tensor_size x context_size = 1 x 2",
+        "model.seq_length = 35: context parallelism needs a multiple of parallel.context_size = 2",
+    ),
+    "length against sequence and context parallelism": (
+        {"parallel": {"context_size": 2, "tensor_size": 5, "sequence_parallel": True}, "model": {"seq_length": 38}},
+        "model.seq_length = 38: sequence and context parallelism need a multiple of tensor_size x context_size = 10",
     ),
     "optimizer offload without ZeRO": (
         {"parallel": {"zero_stage": 0, "offload_optimizer": True}},
@@ -216,7 +220,7 @@ NEIGHBOURS = [
     {"parallel": {"zero_stage": 2, "offload_optimizer": True}},
     {"parallel": {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True, "tensor_size": 2}},
     {"parallel": {"context_size": 5}},
-    {"parallel": {"context_size": 2, "tensor_size": 5}, "model": {"seq_length": 30}},
+    {"parallel": {"context_size": 2, "tensor_size": 5}, "model": {"seq_length": 34}},
     {"parallel": {"pipeline_size": 4}},
     {"parallel": {"pipeline_size": 2, "layers_per_stage": [1, 5]}},
     {"parallel": {"pipeline_size": 2, "virtual_pipeline_size": 2}},

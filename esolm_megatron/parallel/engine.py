@@ -107,7 +107,7 @@ class Engine:
         """
         m = self.config.model
         multiple = self.topology.token_multiple
-        length = max(min(64, m.seq_length) // multiple, 1) * multiple
+        length = max(min(64, m.seq_length) // multiple, 1) * multiple  # every rank has a share
         generator = np.random.default_rng(0)
         tokens = generator.integers(0, m.mask_id, (1, length))
         order = generator.permutation(length)[None]

@@ -8,6 +8,7 @@ layout and stage saves, any other loads.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -125,7 +126,7 @@ class ZeroState:
         return {o.parameter: getattr(o.parameter, where) for o in self.owned}
 
     def step(self, lr: float) -> float:
-        """Reduce over data ranks, clip, update; returns the global gradient norm before clipping."""
+        """Reduce over data ranks, clip, update; returns the global gradient norm before clipping, nan if it is not finite."""
         optimizer = self.engine.optimizer
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -137,7 +138,8 @@ class ZeroState:
             with torch.no_grad():
                 for average, flat in zip(self.ema, self.flats, strict=True):
                     average.lerp_(flat, 1 - decay)
-        return float(self.engine.get_global_grad_norm())
+        norm = float(self.engine.get_global_grad_norm())
+        return norm if 0 <= norm < math.inf else math.nan  # DeepSpeed says -1 or inf
 
     def fragments(self, *, primary_only: bool) -> Iterator[tuple[Owned, Box, int, slice]]:
         """(parameter, box, group, range of the group's flat tensor) of everything that this data rank owns."""
