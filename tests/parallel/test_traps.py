@@ -230,3 +230,23 @@ def test_no_kernels_are_compiled_on_a_cpu():
     assert settings["communication_data_type"] == "fp32"
     assert settings["data_types"] == {"grad_accum_dtype": "fp32"}, "either one alone lets weights drift by 1e-2"
     assert settings["zero_optimization"]["round_robin_gradients"] is False, "fragments would be elsewhere"
+
+
+def step_with_bad_weights(config):
+    from esolm_megatron.parallel.engine import Engine
+
+    engine = Engine(config)
+    with torch.no_grad():
+        engine.state.flats[0].fill_(float("nan"))
+    engine.state.partitions.publish()
+    return engine.train_step(share_of_step(config, 0), 1e-3).grad_norm
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_a_norm_that_is_not_finite_is_nan(zero, precision):
+    """DeepSpeed gives -1 under some stages, and infinity under others."""
+    (norm,) = run_ranks(
+        step_with_bad_weights, 1, make_config(parallel={"zero_stage": zero}, train={"precision": precision})
+    )
+    assert np.isnan(norm)
