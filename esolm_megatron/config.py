@@ -16,6 +16,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
+from esolm_megatron.legal import layout_problems, world_problems  # noqa: F401 - callers of a Config ask here
 from esolm_megatron.sections import GuardConfig, Section, WatchdogConfig
 
 
@@ -169,12 +170,20 @@ class ParallelConfig(Section):
     """Ranks that share every matrix (TP)."""
     sequence_parallel: bool = False
     """Split norms and dropout over the tensor ranks along the packed tokens."""
+    context_size: int = Field(1, ge=1)
+    """Ranks that share the packed tokens of a micro-batch (CP); each has all tokens of some heads inside attention."""
     pipeline_size: int = Field(1, ge=1)
     """Stages (PP)."""
     virtual_pipeline_size: int = Field(1, ge=1)
     """Chunks of layers in each stage; more than 1 is the interleaved schedule (VP)."""
+    layers_per_stage: tuple[int, ...] | None = None
+    """Layers of each stage; null balances arithmetic, embedding and head counted."""
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """DeepSpeed ZeRO stage."""
+    """DeepSpeed ZeRO stage: data and context ranks share nothing (0), optimizer states (1), gradients (2), weights (3)."""
+    offload_optimizer: bool = False
+    """Keep optimizer states in host memory and update there (ZeRO 1, 2, 3)."""
+    offload_parameters: bool = False
+    """Keep weights in host memory too (ZeRO 3)."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in backward: none, those of the MLP, or those of whole blocks."""
     deallocate_pipeline_outputs: bool = False
@@ -292,37 +301,6 @@ def _batch_problems(c: Any) -> Iterator[str]:
         )
 
 
-_FREED = "parallel.deallocate_pipeline_outputs = true: interleaved over gloo it sends freed memory; set it to false"
-
-
-def _parallel_problems(c: Any) -> Iterator[str]:
-    m, p, t = c.model, c.parallel, c.train
-    tp, pp, vp = p.tensor_size, p.pipeline_size, p.virtual_pipeline_size
-    for name, value in (("num_heads", m.num_heads), ("num_kv_heads", m.num_kv_heads), ("ffn_hidden_size", m.ffn_size)):
-        if value is not None and value % tp:
-            yield f"parallel.tensor_size = {tp}: must divide model.{name} = {value}"
-    if m.num_layers % (pp * vp):
-        yield f"model.num_layers = {m.num_layers}: must be a multiple of pipeline_size x virtual_pipeline_size = {pp} x {vp}"
-    if vp > 1 and pp == 1:
-        yield f"parallel.virtual_pipeline_size = {vp}: needs parallel.pipeline_size of 2 or more; set it to 1"
-    if p.sequence_parallel and tp == 1:
-        yield "parallel.sequence_parallel = true: needs parallel.tensor_size of 2 or more; set it to false"
-    if p.sequence_parallel and m.seq_length % tp:
-        yield f"model.seq_length = {m.seq_length}: sequence parallelism needs a multiple of parallel.tensor_size = {tp}"
-    if p.zero_stage >= 2 and pp > 1:
-        yield f"parallel.zero_stage = {p.zero_stage}: with pipeline stages it hangs (3) or corrupts gradients (2); use zero_stage=1"
-    elif p.zero_stage != 1:
-        yield f"parallel.zero_stage = {p.zero_stage}: only stage 1 is built so far; use zero_stage=1"
-    if vp > 1 and p.batch_p2p_comm and pp == 2:
-        yield "parallel.batch_p2p_comm = true: with 2 interleaved stages messages are swapped in silence; set it to false or null"
-    if vp > 1 and p.deallocate_pipeline_outputs and t.device == "cpu":
-        yield _FREED
-    micro_batches = t.global_batch_size // t.micro_batch_size
-    if vp > 1 and micro_batches % pp:
-        found = f"interleaving needs a multiple of parallel.pipeline_size = {pp} micro-batches, found {micro_batches}"
-        yield f"train.global_batch_size = {t.global_batch_size}: {found}"
-
-
 def _schedule_problems(c: Any) -> Iterator[str]:
     o, t = c.optim, c.train
     if o.schedule == "wsd" and not 0 < o.decay_steps <= t.num_steps:
@@ -331,33 +309,7 @@ def _schedule_problems(c: Any) -> Iterator[str]:
         yield f"optim.warmup_steps = {o.warmup_steps}: must be below train.num_steps = {t.num_steps}"
 
 
-_CHECKS = (_model_problems, _objective_problems, _batch_problems, _parallel_problems, _schedule_problems)
-
-
-def world_problems(config: Config, world_size: int, device: str) -> list[str]:
-    """What is wrong with running `config` on `world_size` processes of `device`; empty when nothing is."""
-    p, t, out = config.parallel, config.train, []
-    model_size = p.tensor_size * p.pipeline_size
-    if world_size % model_size:
-        return [
-            f"world size = {world_size}: must be a multiple of parallel.tensor_size x pipeline_size = {p.tensor_size} x "
-            f"{p.pipeline_size}; start {-(-world_size // model_size) * model_size} processes or change the sizes"
-        ]
-    data_size = world_size // model_size
-    per_step = t.micro_batch_size * data_size
-    if t.global_batch_size % per_step:
-        out.append(
-            f"train.global_batch_size = {t.global_batch_size}: must be a multiple of micro_batch_size x data-parallel size = "
-            f"{t.micro_batch_size} x {data_size}"
-        )
-    elif p.virtual_pipeline_size > 1 and (t.global_batch_size // per_step) % p.pipeline_size:
-        out.append(
-            f"train.global_batch_size = {t.global_batch_size}: leaves {t.global_batch_size // per_step} micro-batches to a rank, "
-            f"but interleaving needs a multiple of parallel.pipeline_size = {p.pipeline_size}"
-        )
-    if device == "cpu" and p.virtual_pipeline_size > 1 and p.deallocate_pipeline_outputs:
-        out.append(_FREED)
-    return out
+_CHECKS = (_model_problems, _objective_problems, _batch_problems, layout_problems, _schedule_problems)
 
 
 def _field_problems(error: ValidationError) -> list[tuple[tuple[str, ...], str]]:

@@ -15,7 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from esolm_megatron.config import Config, ConfigError, ModelConfig, with_values, world_problems
-from esolm_megatron.model.size import flops_per_step, mask_capacity, num_parameters, stage_parameters
+from esolm_megatron.model.size import (
+    flops_per_step,
+    layers_of_stages,
+    mask_capacity,
+    num_parameters,
+    stage_parameters,
+)
 from esolm_megatron.topology import Topology, layers_of_chunk, padded_vocab
 
 GPT2_VOCAB = 50258
@@ -116,11 +122,12 @@ class Plan:
     def __rich__(self) -> Group:
         grid = self.topology
         facts = Table(title=f"plan of {self.name}", show_header=False, title_justify="left")
+        context = f" x context {grid.context_size}" if grid.context_size > 1 else ""
         rows = (
             ("parameters", f"{self.parameters:,}"),
             (
                 "processes",
-                f"{grid.world_size} = pipeline {grid.pipeline_size} x data {grid.data_size} x tensor {grid.tensor_size}",
+                f"{grid.world_size} = pipeline {grid.pipeline_size} x data {grid.data_size}{context} x tensor {grid.tensor_size}",
             ),
             ("micro-batches of a rank", f"{self.num_micro_batches} of {self.packed_tokens:,} packed tokens"),
             ("tokens", f"{self.tokens_per_step:,} a step, {self.num_steps * self.tokens_per_step:.3g} in all"),
@@ -183,11 +190,11 @@ def plan(
         notes.append(f"model.vocab_size is null: the data decides it; {GPT2_VOCAB} is assumed here")
     p, t = config.parallel, config.train
     if world_size is None:
-        world_size = p.tensor_size * p.pipeline_size
+        world_size = p.tensor_size * p.context_size * p.pipeline_size
         notes.append(f"no world size given: one replica of the model, {world_size} processes")
     if problems := world_problems(config, world_size, t.device):
         raise ConfigError("\n".join(problems))
-    grid = Topology(0, world_size, p.tensor_size, p.pipeline_size)
+    grid = Topology(0, world_size, p.tensor_size, p.pipeline_size, p.context_size)
     num_micro_batches = t.global_batch_size // (t.micro_batch_size * grid.data_size)
     stages = tuple(_stage_plan(config, grid, stage, num_micro_batches) for stage in range(p.pipeline_size))
     if t.precision == "fp32":
@@ -229,7 +236,8 @@ def _mask_places(config: Config) -> int:
 
 
 def _capacity_multiple(config: Config) -> int:
-    return math.lcm(64, config.parallel.tensor_size) if config.parallel.sequence_parallel else 64
+    p = config.parallel
+    return math.lcm(64, p.context_size * (p.tensor_size if p.sequence_parallel else 1))
 
 
 def _rows(config: Config) -> tuple[int, int]:
@@ -241,19 +249,22 @@ def _stage_plan(config: Config, grid: Topology, stage: int, num_micro_batches: i
     m, p = config.model, config.parallel
     first, last = stage == 0, stage == grid.pipeline_size - 1
     chunks = p.virtual_pipeline_size
-    layers = [layers_of_chunk(m.num_layers, stage, p.pipeline_size, i, chunks) for i in range(chunks)]
+    layers = [layers_of_chunk(layers_of_stages(config), stage, i, chunks) for i in range(chunks)]
     count = sum(map(len, layers))
     parameters = stage_parameters(m, count, first=first, last=last, tensor_size=p.tensor_size)
     in_flight = micro_batches_in_flight(stage, p.pipeline_size, chunks, num_micro_batches)
     working = FP32 if config.train.precision == "fp32" else 2
+    sharers = grid.data_size * grid.context_size
+    gradients, optimizer = (-(-parameters // sharers) if p.zero_stage >= cut else parameters for cut in (2, 1))
+    weights = -(-parameters // sharers) if p.zero_stage == 3 else parameters
     return StagePlan(
         stage=stage,
         layers=tuple((x.start, x.stop) for x in layers),
         parameters=parameters,
-        weights=parameters * working,
-        gradients=parameters * FP32,
-        optimizer=-(-parameters // grid.data_size) * FP32 * (4 if config.optim.ema_decay else 3),
-        buckets=2 * min(p.reduce_bucket_elements, parameters) * FP32 if grid.data_size > 1 else 0,
+        weights=0 if p.offload_parameters else weights * working,
+        gradients=gradients * FP32,
+        optimizer=0 if p.offload_optimizer else optimizer * FP32 * (4 if config.optim.ema_decay else 3),
+        buckets=2 * min(p.reduce_bucket_elements, parameters) * FP32 if sharers > 1 else 0,
         activations=_activation_bytes(config, count, first, in_flight, working),
         logits=_logits_bytes(config) if last else 0,
         micro_batches_in_flight=in_flight,
@@ -282,7 +293,7 @@ def _activation_bytes(config: Config, num_layers: int, first: bool, in_flight: f
         per_token += channels_per_token(config.model, "none", p.tensor_size, p.sequence_parallel) - kept
     if first and config.model.dropout:
         per_token += config.model.hidden_size * in_flight
-    return round(per_token * packed_tokens(config) * working)
+    return round(per_token * packed_tokens(config) / p.context_size * working)
 
 
 def channels_per_token(model: ModelConfig, recompute: str, tensor_size: int, sequence_parallel: bool) -> float:
@@ -305,8 +316,9 @@ def channels_per_token(model: ModelConfig, recompute: str, tensor_size: int, seq
 
 
 def _logits_bytes(config: Config) -> int:
-    """Three fp32 copies of a micro-batch's logits (themselves, softmax, gradient), were every place of it masked."""
+    """Three fp32 copies of a rank's part of the logits (themselves, softmax, gradient), were every place of it masked."""
     diffusion, _ = _rows(config)
     plain = 0 if config.objective.diffusion_loss == "any_order" else diffusion * config.model.seq_length
     places, tensor_size = plain + _mask_places(config), config.parallel.tensor_size
+    places = -(-places // config.parallel.context_size)
     return 3 * FP32 * places * (padded_vocab(config.model.vocab, tensor_size) // tensor_size)

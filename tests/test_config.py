@@ -86,13 +86,61 @@ CROSS_FIELD = {
         {"parallel": {"tensor_size": 5}, "model": {"ffn_hidden_size": 64}},
         "parallel.tensor_size = 5: must divide model.ffn_hidden_size = 64",
     ),
-    "layers against PP": (
-        {"parallel": {"pipeline_size": 4}},
-        "must be a multiple of pipeline_size x virtual_pipeline_size = 4 x 1",
+    "fewer layers than stages": (
+        {"parallel": {"pipeline_size": 7}},
+        "model.num_layers = 6: each of pipeline_size x virtual_pipeline_size = 7 x 1 chunks needs a layer",
     ),
-    "layers against VP": (
-        {"parallel": {"pipeline_size": 2, "virtual_pipeline_size": 2}},
-        "must be a multiple of pipeline_size x virtual_pipeline_size = 2 x 2",
+    "fewer layers than chunks": (
+        {"parallel": {"pipeline_size": 2, "virtual_pipeline_size": 4}},
+        "each of pipeline_size x virtual_pipeline_size = 2 x 4 chunks needs a layer; use fewer chunks",
+    ),
+    "too many stages named": (
+        {"parallel": {"pipeline_size": 2, "layers_per_stage": [2, 2, 2]}},
+        "parallel.layers_per_stage = [2, 2, 2]: must have parallel.pipeline_size = 2 entries",
+    ),
+    "stages with too few layers in all": (
+        {"parallel": {"pipeline_size": 2, "layers_per_stage": [2, 3]}},
+        "parallel.layers_per_stage = [2, 3]: adds up to 5, but model.num_layers = 6",
+    ),
+    "a stage without layers": (
+        {"parallel": {"pipeline_size": 2, "layers_per_stage": [6, 0]}},
+        "each stage needs a layer for each of its 1 chunks",
+    ),
+    "a chunk without layers": (
+        {"parallel": {**PIPELINE, "layers_per_stage": [4, 2]}},
+        "each stage needs a layer for each of its 3 chunks",
+    ),
+    "heads against CP": (
+        {"parallel": {"context_size": 3}, "model": {"seq_length": 36}},
+        "parallel.context_size = 3: times tensor_size = 1 it must divide model.num_heads = 10",
+    ),
+    "heads against TP x CP": (
+        {"parallel": {"tensor_size": 2, "context_size": 2}, "model": {"seq_length": 36}},
+        "parallel.context_size = 2: times tensor_size = 2 it must divide model.num_heads = 10",
+    ),
+    "key-value heads against CP": (
+        {"parallel": {"context_size": 5}, "model": {"num_kv_heads": 2}},
+        "parallel.context_size = 5: times tensor_size = 1 it must divide model.num_kv_heads = 2",
+    ),
+    "length against CP": (
+        {"parallel": {"context_size": 2}},
+        "model.seq_length = 35: context parallelism needs a multiple of parallel.context_size = 2",
+    ),
+    "length against sequence and context parallelism": (
+        {"parallel": {"context_size": 2, "tensor_size": 5, "sequence_parallel": True}, "model": {"seq_length": 38}},
+        "model.seq_length = 38: sequence and context parallelism need a multiple of tensor_size x context_size = 10",
+    ),
+    "optimizer offload without ZeRO": (
+        {"parallel": {"zero_stage": 0, "offload_optimizer": True}},
+        "ZeRO 0 keeps every state on every rank; use zero_stage=1 or more",
+    ),
+    "parameter offload below ZeRO 3": (
+        {"parallel": {"zero_stage": 2, "offload_optimizer": True, "offload_parameters": True}},
+        "zero_stage = 2 keeps whole weights on the device; use zero_stage=3",
+    ),
+    "parameter offload without the optimizer": (
+        {"parallel": {"zero_stage": 3, "offload_parameters": True}},
+        "the update needs them beside the optimizer; set offload_optimizer=true",
     ),
     "chunks of a single stage": (
         {"parallel": {"virtual_pipeline_size": 3}},
@@ -125,8 +173,6 @@ CROSS_FIELD = {
 }
 
 SILENT_TRAPS = {
-    "ZeRO-0 clips wrongly": ({"parallel": {"zero_stage": 0}}, "only stage 1 is built so far; use zero_stage=1"),
-    "ZeRO-0 with stages": ({"parallel": {"zero_stage": 0, "pipeline_size": 2}}, "use zero_stage=1"),
     "ZeRO-2 with stages": (
         {"parallel": {"zero_stage": 2, "pipeline_size": 2}},
         "with pipeline stages it hangs (3) or corrupts gradients (2); use zero_stage=1",
@@ -170,6 +216,14 @@ NEIGHBOURS = [
     {"parallel": {"pipeline_size": 2, "deallocate_pipeline_outputs": True}, "train": {"device": "cpu"}},
     {"parallel": {**PIPELINE, "deallocate_pipeline_outputs": True}, "train": {"device": "cuda"}},
     {"parallel": {"sequence_parallel": True, "tensor_size": 5}},
+    {"parallel": {"zero_stage": 0, "pipeline_size": 2}},
+    {"parallel": {"zero_stage": 2, "offload_optimizer": True}},
+    {"parallel": {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True, "tensor_size": 2}},
+    {"parallel": {"context_size": 5}},
+    {"parallel": {"context_size": 2, "tensor_size": 5}, "model": {"seq_length": 34}},
+    {"parallel": {"pipeline_size": 4}},
+    {"parallel": {"pipeline_size": 2, "layers_per_stage": [1, 5]}},
+    {"parallel": {"pipeline_size": 2, "virtual_pipeline_size": 2}},
     {"optim": {"schedule": "wsd", "decay_steps": 100, "warmup_steps": 5}},
     {"optim": {"schedule": "cosine", "warmup_steps": 99}},
     {"optim": {"warmup_steps": 2500}},
@@ -384,6 +438,8 @@ SPLIT = {
             "cuda",
             "leaves 2 micro-batches to a rank, but interleaving needs a multiple of parallel.pipeline_size = 3",
         ),
+        ({"parallel": {"context_size": 5}}, 6, "cpu", "pipeline_size x context_size = 1 x 1 x 5; start 10 processes"),
+        ({"parallel": {"context_size": 5}}, 10, "cpu", None),
         ({}, 5, "cpu", "2 x 5"),
         ({}, 6, "cpu", None),
         ({"parallel": {**PIPELINE, "deallocate_pipeline_outputs": True}}, 2, "cpu", "over gloo it sends freed memory"),

@@ -16,7 +16,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ALL = [*MODULES, *sorted((ROOT / "checkpoints_conversion").rglob("*.py"))]
 
 LINES_PER_FILE = 500
-CODE_LINES_OF_PACKAGE = 6500
+CODE_LINES_OF_PACKAGE = 7000
 
 
 def lines(path):

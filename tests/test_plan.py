@@ -100,6 +100,37 @@ def test_chunks_of_an_interleaved_stage_are_listed():
     assert [stage.layers for stage in plan(config).stages] == [((0, 1), (2, 3)), ((1, 2), (3, 4))]
 
 
+def test_uneven_stages_are_those_of_the_engine_and_a_heavy_head_gets_fewer_layers():
+    config = load(SPLIT, ["model.vocab_size=1023", "parallel.layers_per_stage=[3, 1]"])
+    assert [stage.layers for stage in plan(config).stages] == [((0, 3),), ((3, 4),)]
+    config = load(SPLIT, ["model.vocab_size=50258"])
+    assert [stage.layers for stage in plan(config).stages] == [((0, 3),), ((3, 4),)]
+
+
+def test_context_ranks_share_activations_and_zero_stages_share_states():
+    whole = plan(load(BASELINE), 2).stages[0]
+    cost = plan(load(BASELINE, ["parallel.context_size=2"]), 2)
+    (split,) = cost.stages
+    assert (cost.topology.data_size, cost.topology.context_size, cost.packed_tokens) == (
+        1,
+        2,
+        plan(load(BASELINE), 2).packed_tokens,
+    )
+    assert (split.activations, split.logits) == (whole.activations // 2, whole.logits // 2)
+    assert split.optimizer == whole.optimizer == whole.parameters // 2 * 16
+    for zero, parts in ((0, (1, 1, 1)), (1, (1, 1, 2)), (2, (1, 2, 2)), (3, (2, 2, 2))):
+        (stage,) = plan(load(BASELINE, [f"parallel.zero_stage={zero}"]), 2).stages
+        n = stage.parameters
+        assert (stage.weights, stage.gradients, stage.optimizer) == (
+            n * 2 // parts[0],
+            n * 4 // parts[1],
+            n * 16 // parts[2],
+        )
+    overrides = [f"parallel.{f}" for f in ("zero_stage=3", "offload_optimizer=true", "offload_parameters=true")]
+    (stage,) = plan(load(BASELINE, overrides), 2).stages
+    assert (stage.weights, stage.optimizer) == (0, 0)
+
+
 def simulated_in_flight(stage, stages, chunks, micro_batches):
     """Most chunks alive at once when the schedule's warm-up forwards run before the first backward."""
     total = micro_batches * chunks

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from esolm_megatron.config import Config, ModelConfig, ObjectiveConfig
-from esolm_megatron.topology import padded_vocab
+from esolm_megatron.topology import balanced_stages, padded_vocab
 
 BACKWARD = 2
 """A backward pass multiplies two matrices for each one of the forward pass."""
@@ -178,3 +178,36 @@ def flops_per_step(config: Config) -> float:
     """Model FLOPs of one optimizer step: `flops_per_token` times global_batch_size times seq_length."""
     tokens = config.train.global_batch_size * config.model.seq_length
     return tokens * flops_per_token(config.model, config.objective)
+
+
+def layers_of_stages(config: Config) -> tuple[int, ...]:
+    """Layers of each pipeline stage: parallel.layers_per_stage, or the split that balances arithmetic.
+
+    The head counts as 2 H V FLOPs for each place with loss, the embedding as 2 H for each token (it is read and added
+    to), a layer as all its products for all packed tokens.
+    """
+    m, p = config.model, config.parallel
+    if p.layers_per_stage is not None:
+        return tuple(p.layers_per_stage)
+    if p.pipeline_size == 1:
+        return (m.num_layers,)
+    tokens, pairs, places = _packed_row(m, config.objective)
+    layer = tokens * _token_flops(m) + pairs * _pair_flops(m)
+    return balanced_stages(
+        m.num_layers,
+        p.pipeline_size,
+        p.virtual_pipeline_size,
+        first_load=tokens * 2 * m.hidden_size / layer,
+        last_load=places * _head_flops(m) / layer,
+    )
+
+
+def _packed_row(model: ModelConfig, objective: ObjectiveConfig) -> tuple[float, float, float]:
+    """Tokens, pairs of query and key, and places with loss that an average row brings to a micro-batch."""
+    length, a, q = model.seq_length, objective.alpha_0, objective.fraction
+    sequential = (length * (2 - a), 2 * _pairs(length) - _pairs_of_binomial(length, a), length * (1 - a))
+    diffusion = (float(length), _pairs(length), length * masked_share(objective))
+    if objective.diffusion_loss == "any_order":
+        diffusion = (2.0 * length, 2 * _pairs(length), a * length)
+    tokens, pairs, places = (q * d + (1 - q) * s for d, s in zip(diffusion, sequential, strict=True))
+    return tokens, pairs, places

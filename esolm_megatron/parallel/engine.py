@@ -17,8 +17,11 @@ from esolm_megatron.checkpoint import Checkpoint, Piece
 from esolm_megatron.config import Config
 from esolm_megatron.objective.esolm import Noised, OrderedRows, PackedBatch, mean_loss, pack
 from esolm_megatron.parallel import groups, pipeline, replicas, zero
+from esolm_megatron.parallel.context import own_share
 from esolm_megatron.parallel.gate import Gate
 from esolm_megatron.parallel.layers import megatron_config
+from esolm_megatron.parallel.zero_state import ZeroState
+from esolm_megatron.topology import padded_vocab
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,10 @@ class Engine:
         self.topology, self.device = groups.start(config)
         megatron = megatron_config(config, self.device)
         self.chunks = pipeline.build_chunks(config, megatron, self.topology, self.device)
-        self.owned = zero.owned_parameters(self.chunks, self.topology)
+        self.owned = zero.owned_parameters(config, self.chunks, self.topology)
         self.deepspeed = zero.build(config, self.chunks, self.owned)
         self.work = Stopwatch(self.device)
-        self.state = zero.ZeroState(self.deepspeed, self.owned, self.topology, config.optim.ema_decay)
+        self.state = ZeroState(self.deepspeed, self.owned, self.topology, config.optim.ema_decay)
 
     @property
     def is_first_rank(self) -> bool:
@@ -52,7 +55,7 @@ class Engine:
 
     @property
     def _reports(self) -> bool:
-        """One rank in each replica: the last stage's first tensor rank."""
+        """On each replica's last stage, the first tensor rank of each context rank, which alone saw its tokens."""
         return self.topology.stage == self.topology.pipeline_size - 1 and self.topology.tensor_rank == 0
 
     def forward_backward(self, noised: Noised) -> Tensor:
@@ -62,11 +65,18 @@ class Engine:
         """
         num_valid = self._over_replicas(noised.num_valid)
         scale = len(noised.micro_batches) * self.topology.data_size  # the schedule and DeepSpeed take means
-        batches = [batch.to(self.device) for batch in noised.micro_batches]
         with self.work:
-            kept = pipeline.run(self.chunks, batches, pipeline.loss_outcome(num_valid, scale), forward_only=False)
-        zero.finish_gradients(self.chunks, self.state.gradients(), self.topology)
+            kept = self._run(noised.micro_batches, pipeline.loss_outcome(num_valid, scale), forward_only=False)
+        if self.config.parallel.zero_stage < 2:  # the others are finished as they come
+            zero.finish_gradients(self.config, self.chunks, self.state.gradients(), self.topology)
         return self._report(kept, num_valid)
+
+    def _run(self, batches: list[PackedBatch], outcome: pipeline.Outcome, **options: bool) -> list[Tensor]:
+        """`pipeline.run` on this context rank's share of whole micro-batches."""
+        rank, size = self.topology.context_rank, self.topology.context_size
+        shares = [own_share(batch, rank, size).to(self.device) for batch in batches]
+        through = self.deepspeed if self.config.parallel.zero_stage >= 2 else None
+        return pipeline.run(self.chunks, shares, outcome, through=through, **options)  # type: ignore[arg-type]
 
     def train_step(self, noised: Noised, lr: float) -> StepResult:
         """One optimizer step on a global batch."""
@@ -76,12 +86,11 @@ class Engine:
     def evaluate(self, noised: Noised) -> tuple[Tensor, Tensor]:
         """(2,) fp64 weighted loss sums of both parts over all replicas, and the (2,) valid tokens they belong to."""
         num_valid = self._over_replicas(noised.num_valid)
-        batches = [batch.to(self.device) for batch in noised.micro_batches]
-        kept = pipeline.run(self.chunks, batches, pipeline.loss_outcome(num_valid, 1.0), forward_only=True)
+        kept = self._run(noised.micro_batches, pipeline.loss_outcome(num_valid, 1.0), forward_only=True)
         return self._sums(kept), num_valid
 
     def _over_replicas(self, counts: Tensor) -> Tensor:
-        total = counts.to(self.device)
+        total = counts.to(self.device, copy=True)  # the caller's stays its own
         dist.all_reduce(total, group=ps.get_data_parallel_group())
         return total
 
@@ -102,13 +111,14 @@ class Engine:
         tokens, positions (L',) int64; logits_weight and, with a moving average, logits_ema (L', V) fp32. On every rank.
         """
         m = self.config.model
-        length = min(64, m.seq_length)
+        multiple = self.topology.token_multiple
+        length = max(min(64, m.seq_length) // multiple, 1) * multiple  # every rank has a share
         generator = np.random.default_rng(0)
         tokens = generator.integers(0, m.mask_id, (1, length))
         order = generator.permutation(length)[None]
         masked = np.isin(np.arange(length), order[0, length // 2 :])[None]
         rows = OrderedRows(tokens, order, masked, np.ones((1, length)), np.zeros(1, np.int64))
-        batch = pack(rows, [], m.mask_id, 0).to(self.device)
+        batch = pack(rows, [], m.mask_id, 0)
         out = {"tokens": batch.tokens.cpu(), "positions": batch.positions.cpu(), "logits_weight": self._logits(batch)}
         if self.state.ema:
             with self.state.averaged_weights():
@@ -117,14 +127,14 @@ class Engine:
 
     def _logits(self, batch: PackedBatch) -> Tensor:
         """(M, V) fp32 on the CPU of every rank."""
-        copies = [batch] * self.topology.pipeline_size  # the interleaved schedule takes no fewer
-        kept = pipeline.run(self.chunks, copies, pipeline.logits_outcome, forward_only=True, want_logits=True)
-        size, vocab = self.topology.tensor_size, self.config.model.vocab
-        local = -(-vocab // size)
-        whole = torch.zeros(len(batch.places), local * size, device=self.device)
-        if kept and self.topology.data_rank == 0:
-            start = self.topology.tensor_rank * local
-            whole[:, start : start + local] = kept[0].nan_to_num(neginf=0.0)
+        top, vocab = self.topology, self.config.model.vocab
+        copies = [batch] * top.pipeline_size  # the interleaved schedule takes no fewer
+        kept = self._run(copies, pipeline.logits_outcome, forward_only=True, want_logits=True)
+        local = padded_vocab(vocab, top.tensor_size) // top.tensor_size
+        whole = torch.zeros(len(batch.places), local * top.tensor_size, device=self.device)
+        if kept and top.data_rank == 0:
+            start, mine = top.tensor_rank * local, batch.places % top.context_size == top.context_rank
+            whole[mine.to(self.device), start : start + local] = kept[0].nan_to_num(neginf=0.0)
         dist.all_reduce(whole)
         whole[:, self.config.model.mask_id :] = float("-inf")
         return whole[:, :vocab].cpu()

@@ -14,6 +14,16 @@ from typing import Any
 
 import torch
 from deepspeed.runtime import bf16_optimizer
+from deepspeed.runtime.zero import stage3
+
+
+def _norm_function(optimizer: Any) -> tuple[Any, str]:
+    """Where a DeepSpeed optimizer looks up what gives it the global norm."""
+    if isinstance(optimizer, bf16_optimizer.BF16_Optimizer):
+        return bf16_optimizer, "get_global_norm_of_tensors"
+    if isinstance(optimizer, stage3.DeepSpeedZeroOptimizer_Stage3):
+        return stage3, "combine_grad_norm_groups"
+    return optimizer, "scaled_global_norm"
 
 
 class Gate:
@@ -28,9 +38,7 @@ class Gate:
         self.optimizer, self._problem_of, self._any_rank = optimizer, problem_of, any_rank
         self.norm, self.asked = float("inf"), False
         self.problem: str | None = None
-        in_bf16 = isinstance(optimizer, bf16_optimizer.BF16_Optimizer)
-        self._owner: Any = bf16_optimizer if in_bf16 else optimizer
-        self._name = "get_global_norm_of_tensors" if in_bf16 else "scaled_global_norm"
+        self._owner, self._name = _norm_function(optimizer)
         self._original = getattr(self._owner, self._name)
 
     def _judged(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -52,5 +60,9 @@ class Gate:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         setattr(self._owner, self._name, self._original)
-        if error is None and not self.asked:
+        if error is not None or self.asked:
+            return
+        if getattr(self.optimizer, "overflow", False):  # found on the way to the norm, and agreed on by all ranks
+            self.problem = self._problem_of(self.norm) or "a gradient that is not finite"
+        else:
             raise RuntimeError("DeepSpeed stepped without computing the gradient norm: bad steps would go unseen")

@@ -7,32 +7,15 @@ from __future__ import annotations
 
 import datetime
 import os
-import warnings
 from typing import Any
 
+import megatron.core.parallel_state as ps
 import torch
 import torch.distributed as dist
+from megatron.core.pipeline_parallel import schedules
 
 from esolm_megatron.config import Config, ConfigError, world_problems
 from esolm_megatron.topology import Topology
-
-# Read when these packages are imported. DeepSpeed's CPU build of shared-memory collectives takes 20 s and is not needed.
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # megatron-core overlaps communication by launch order
-
-with (
-    warnings.catch_warnings()
-):  # each names Apex and Transformer Engine as missing; esolm doctor says it once, with the cost
-    warnings.simplefilter("ignore")
-    import deepspeed
-    import megatron.core.parallel_state as ps
-    from megatron.core.optimizer import clip_grads  # noqa: F401
-    from megatron.core.pipeline_parallel import schedules
-    from megatron.core.transformer import transformer_config  # noqa: F401
-
-warnings.filterwarnings("ignore", message=".*is deprecated. Please use .torch.distributed", category=FutureWarning)
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 class TorchOnCpu:
@@ -90,9 +73,11 @@ def start(config: Config) -> tuple[Topology, torch.device]:
         tensor_model_parallel_size=sizes.tensor_size,
         pipeline_model_parallel_size=sizes.pipeline_size,
         virtual_pipeline_model_parallel_size=sizes.virtual_pipeline_size if sizes.virtual_pipeline_size > 1 else None,
+        context_parallel_size=sizes.context_size,
         create_gloo_process_groups=False,
     )
-    topology = Topology(rank, world_size, sizes.tensor_size, sizes.pipeline_size)
+    topology = Topology(rank, world_size, sizes.tensor_size, sizes.pipeline_size, sizes.context_size)
+    assert topology.context_rank == ps.get_context_parallel_rank()
     assert topology.tensor_rank == ps.get_tensor_model_parallel_rank()
     assert topology.stage == ps.get_pipeline_model_parallel_rank()
     assert topology.data_rank == ps.get_data_parallel_rank()
@@ -112,6 +97,7 @@ def _join(device: torch.device, rank: int, world_size: int, timeout_s: float) ->
 
 def stop() -> None:
     """Leave the run."""
+    LoneUnit.group = None
     ps.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -152,3 +138,26 @@ class ModelParallelUnit:
         """Stage-major place among them."""
         tensor = ps.get_tensor_model_parallel_world_size()
         return ps.get_pipeline_model_parallel_rank() * tensor + ps.get_tensor_model_parallel_rank()
+
+
+class LoneUnit(ModelParallelUnit):
+    """The same for an optimizer that every data rank holds whole (ZeRO 0): each is its own data-parallel group."""
+
+    group: Any = None
+
+    @classmethod
+    def get_data_parallel_group(cls) -> Any:
+        """A group of this process alone; made once per run."""
+        if cls.group is None:
+            cls.group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        return cls.group
+
+    @staticmethod
+    def get_data_parallel_rank() -> int:
+        """0."""
+        return 0
+
+    @staticmethod
+    def get_data_parallel_world_size() -> int:
+        """1."""
+        return 1

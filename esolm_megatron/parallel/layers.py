@@ -22,7 +22,7 @@ def megatron_config(config: Config, device: torch.device) -> TransformerConfig:
     interleaved = p.virtual_pipeline_size > 1
     batched = p.batch_p2p_comm if p.batch_p2p_comm is not None else not interleaved
     return TransformerConfig(
-        num_layers=m.num_layers,
+        num_layers=p.pipeline_size * p.virtual_pipeline_size,  # read by its checks only, which refuse uneven stages
         hidden_size=m.hidden_size,
         num_attention_heads=m.num_heads,
         num_query_groups=m.kv_heads,
@@ -30,6 +30,7 @@ def megatron_config(config: Config, device: torch.device) -> TransformerConfig:
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=p.tensor_size,
+        context_parallel_size=p.context_size,
         pipeline_model_parallel_size=p.pipeline_size,
         virtual_pipeline_model_parallel_size=p.virtual_pipeline_size if interleaved else None,
         sequence_parallel=p.sequence_parallel,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import megatron.core.parallel_state as ps
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -13,8 +14,10 @@ from torch import Tensor
 
 from esolm_megatron.config import Config
 from esolm_megatron.model.attention import PackedAttention
-from esolm_megatron.model.transformer import EsoLM, initialise
+from esolm_megatron.model.size import layers_of_stages
+from esolm_megatron.model.transformer import Attend, EsoLM, initialise
 from esolm_megatron.objective.esolm import PackedBatch, mean_loss, part_sums
+from esolm_megatron.parallel.context import ContextAttention
 from esolm_megatron.parallel.layers import MegatronLinears
 from esolm_megatron.topology import Topology, layers_of_chunk
 
@@ -23,12 +26,13 @@ def build_chunks(config: Config, megatron: TransformerConfig, topology: Topology
     """This stage's chunks of the network, initialised from config.seed."""
     linears = MegatronLinears(megatron, topology, device)
     num_stages, num_chunks = topology.pipeline_size, config.parallel.virtual_pipeline_size
+    stages = layers_of_stages(config)
     chunks = []
     for chunk in range(num_chunks):
         model = EsoLM(
             config.model,
             linears,
-            layers=layers_of_chunk(config.model.num_layers, topology.stage, num_stages, chunk, num_chunks),
+            layers=layers_of_chunk(stages, topology.stage, chunk, num_chunks),
             first=topology.stage == 0 and chunk == 0,
             last=topology.stage == num_stages - 1 and chunk == num_chunks - 1,
             recompute=config.parallel.recompute,
@@ -46,7 +50,11 @@ Outcome = Callable[[Tensor, PackedBatch], tuple[Tensor, Tensor]]
 
 
 def loss_outcome(num_valid: Tensor, scale: float) -> Outcome:
-    """The loss of a micro-batch, and its (2,) sums over the parts. num_valid: (2,) over the whole global batch."""
+    """The loss of a context rank's part of a micro-batch, and its (2,) sums over the parts of the loss.
+
+    num_valid: (2,) over the whole global batch. Context ranks need no factor: megatron-core multiplies the loss by their
+    number, and ZeRO's mean over data and context ranks divides by it.
+    """
 
     def outcome(losses: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         sums = part_sums(losses, batch)
@@ -67,18 +75,22 @@ def run(
     *,
     forward_only: bool,
     want_logits: bool = False,
+    through: Callable[..., Tensor] | None = None,
 ) -> list[Tensor]:
     """What `outcome` kept of each micro-batch, on the last stage; an empty list elsewhere.
 
-    batches: micro-batches of one layout, on the device. Gradients are added up in the parameters unless forward_only.
+    batches: this context rank's shares of micro-batches of one layout, on the device. Gradients are added up in the
+    parameters unless forward_only. through: called in a chunk's place where ZeRO gathers weights or cuts gradients.
     """
     layout = batches[0].layout
-    attend = PackedAttention(layout)
+    attend: Attend = PackedAttention(layout)
+    if ps.get_context_parallel_world_size() > 1:
+        attend = ContextAttention(attend, ps.get_context_parallel_group())
 
     def forward_step(iterator: Iterator[PackedBatch], model: EsoLM) -> tuple[Tensor, Any]:
         batch = next(iterator)
         assert batch.layout == layout, "micro-batches of a step share one static layout"
-        output = model(
+        output = (through or model)(
             batch.tokens,
             batch.positions,
             attend,

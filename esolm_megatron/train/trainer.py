@@ -278,7 +278,7 @@ def _stream(config: Config, engine: Engine) -> TokenStream:
 def _noising(config: Config, engine: Engine) -> Callable[[Batch, int], Noised]:
     """A function of this rank's batch and the step (from 1) it makes: the batch with the noise of that step."""
     top, t = engine.topology, config.train
-    multiple = math.lcm(64, top.tensor_size)  # sequence parallelism cuts the packed row evenly
+    multiple = math.lcm(64, top.token_multiple)  # sequence and context parallelism cut the packed row evenly
     capacity = mask_capacity(config.model.seq_length, config.objective.alpha_0, multiple)
 
     def noised(batch: Batch, step: int) -> Noised:

@@ -1,134 +1,154 @@
-"""Every layout trains the model that one process trains: losses, gradients, weights after clipped steps."""
+"""Every legal layout trains the model that one process trains: losses, gradients, norms, weights after clipped steps.
 
-import numpy as np
+The table is all of (tensor, sequence, context, pipeline, virtual, data, ZeRO) up to 4 processes; tied weights, dropout,
+recomputation and bf16 rotate through it. The fast tier holds all layouts of 2 processes and a few of 4 in which each pair
+of dimensions meets; tools/test.sh --all runs the rest.
+"""
+
+import itertools
+
 import pytest
 import torch
 from ranks import run_ranks
-from truth import MODERN, REFERENCE, make_config, plain_model, plain_run, share_of_step
+from split_run import NUM_STEPS, close, compare, first_momentum, saved, train, truth_of
+from truth import MODERN, REFERENCE, make_config, plain_run
 
-from esolm_megatron.model.attention import PackedAttention, PackedLayout
-from esolm_megatron.objective.esolm import part_sums
+from esolm_megatron.config import ConfigError, world_problems
 
 pytestmark = pytest.mark.gloo
 
-LAYOUTS = {
-    "dp1": (1, {}),
-    "dp2": (2, {}),
-    "tp2": (2, {"tensor_size": 2}),
-    "tp2_sp": (2, {"tensor_size": 2, "sequence_parallel": True}),
-    "pp2": (2, {"pipeline_size": 2}),
-    "pp2_vp2": (2, {"pipeline_size": 2, "virtual_pipeline_size": 2}),
-    "tp2_pp2": (4, {"tensor_size": 2, "pipeline_size": 2}),
-    "tp2_sp_pp2": (4, {"tensor_size": 2, "sequence_parallel": True, "pipeline_size": 2}),
-    "tp2_dp2": (4, {"tensor_size": 2}),
-}
-NUM_STEPS = 5
+MODEL = MODERN | {"num_layers": 5, "num_heads": 8, "num_kv_heads": 4}  # 5 layers divide over no stages
 
 
-def train(config, num_steps):
-    """One rank: losses, norms, and its pieces of gradients, weights and moving average."""
-    from esolm_megatron.model.layers import boxes, split_of, whole_shape
-    from esolm_megatron.parallel.engine import Engine
-
-    engine = Engine(config)
-    top = engine.topology
-    out = {"losses": [], "norms": [], "grads": [], "pieces": []}
-    for step in range(num_steps):
-        noised = share_of_step(config, step, top.data_rank, top.data_size)
-        loss = engine.forward_backward(noised)[0].item()
-        if step == 0:
-            for owned in engine.owned:
-                grad = engine.state.gradients()[owned.parameter].clone()
-                torch.distributed.all_reduce(grad, group=_data_group())
-                shape = tuple(grad.shape)
-                whole = whole_shape(shape, split_of(owned.parameter), top.tensor_size)
-                for box in boxes(shape, split_of(owned.parameter), top.tensor_rank, top.tensor_size):
-                    piece = grad[_slices(box.local, box.shape)] / top.data_size
-                    out["grads"].append((owned.name, whole, box.whole, piece.numpy()))
-        norm = engine.state.step(config.optim.lr)
-        out["losses"].append(loss)
-        out["norms"].append(norm)
-    for piece in engine.pieces():
-        if piece.kind in ("weight", "ema"):
-            key = f"{piece.kind}|{piece.name}"
-            out["pieces"].append((key, piece.whole_shape, piece.offset, piece.tensor.clone().numpy()))
-    return out
+def name_of(world, p):
+    data = world // (p["tensor_size"] * p["context_size"] * p["pipeline_size"])
+    parts = [("tp", p["tensor_size"]), ("sp", 2 if p["sequence_parallel"] else 1), ("cp", p["context_size"]),
+             ("pp", p["pipeline_size"]), ("vp", p["virtual_pipeline_size"]), ("dp", data)]  # fmt: skip
+    return "_".join([f"{k}{n}" if k != "sp" else k for k, n in parts if n > 1] + [f"zero{p['zero_stage']}"])
 
 
-def _data_group():
-    import megatron.core.parallel_state as ps
-
-    return ps.get_data_parallel_group()
-
-
-def _slices(start, shape):
-    return tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))
-
-
-def assemble(pieces):
-    """Whole tensors from boxes; copies must agree and nothing may be left uncovered."""
-    whole = {}
-    for name, shape, offset, values in pieces:
-        tensor = whole.setdefault(name, torch.full(shape, float("nan")))
-        where = _slices(offset, values.shape)
-        old, new = tensor[where], torch.from_numpy(values)
-        seen = ~old.isnan()
-        assert torch.allclose(old[seen], new[seen], rtol=1e-5, atol=1e-7), f"{name}: copies differ"
-        tensor[where] = new
-    for name, tensor in whole.items():
-        assert not tensor.isnan().any(), f"{name}: parts are missing"
-    return whole
+def legal_layouts():
+    """Name -> (processes, parallel section) of all that the configuration accepts, with how many it refused."""
+    found, refused = {}, 0
+    sizes = itertools.product([1, 2, 4], [False, True], [1, 2, 4], [1, 2, 4], [1, 2], [1, 2, 4], [0, 1, 2, 3])
+    for tensor, sequence, context, stages, chunks, data, zero in sizes:
+        world = tensor * context * stages * data
+        if world > 4:
+            continue
+        parallel = {
+            "tensor_size": tensor, "sequence_parallel": sequence, "context_size": context, "pipeline_size": stages,
+            "virtual_pipeline_size": chunks, "zero_stage": zero,
+        }  # fmt: skip
+        try:
+            config = make_config(model_for(parallel), parallel=parallel)
+        except ConfigError:
+            refused += 1
+            continue
+        assert not world_problems(config, world, "cpu")
+        found[name_of(world, parallel)] = (world, parallel)
+    return found, refused
 
 
-def compare(results, truth, tolerance):
+def model_for(parallel):
+    chunks = parallel["pipeline_size"] * parallel["virtual_pipeline_size"]
+    return MODEL | ({"num_layers": 9} if chunks > 5 else {})
+
+
+LAYOUTS, REFUSED = legal_layouts()
+FAST_OF_FOUR = {
+    "tp2_sp_pp2_zero1", "tp2_sp_cp2_zero1", "cp2_pp2_zero1", "tp2_sp_dp2_zero3", "cp2_dp2_zero2", "pp2_vp2_dp2_zero1",
+    "tp2_pp2_vp2_zero0", "pp4_zero1",
+}  # fmt: skip
+
+
+def features(index):
+    """Model, parallel and train settings that rotate with the row of the table."""
+    model = {"tied_embeddings": index % 2 == 0, "dropout": 0.1 if index % 5 in (1, 3) else 0.0}
+    return model, {"recompute": ("none", "full", "selective")[index % 3]}, "bf16" if index % 4 == 3 else "fp32"
+
+
+def cases():
+    for index, (name, (world, parallel)) in enumerate(sorted(LAYOUTS.items())):
+        fast = world <= 2 or name in FAST_OF_FOUR
+        yield pytest.param(world, parallel, *features(index), id=name, marks=() if fast else pytest.mark.slow)
+
+
+def test_the_table_has_what_it_should():
+    assert set(LAYOUTS) >= FAST_OF_FOUR
+    assert len(LAYOUTS) == 80
+    assert not any(p["zero_stage"] >= 2 and p["pipeline_size"] > 1 for _, p in LAYOUTS.values())
+
+
+@pytest.mark.parametrize(("world", "parallel", "model", "more", "precision"), cases())
+def test_layout_equals_one_process(world, parallel, model, more, precision):
+    config = make_config(model_for(parallel) | model, parallel=parallel | more, train={"precision": precision})
+    results = run_ranks(train, world, config, NUM_STEPS)
+    if precision == "fp32":
+        compare(results, truth_of(config))
+    else:
+        compare_bf16(results, truth_of(config), config)
+
+
+def compare_bf16(results, truth, config):
+    """As near to the fp32 run as bf16 is (one process: losses 1e-2, updates 0.2 apart)."""
     for result in results:
-        assert result["losses"] == pytest.approx(truth["losses"], rel=tolerance)
-        assert result["norms"] == pytest.approx(truth["norms"], rel=10 * tolerance)
-    assert min(truth["norms"]) > 0.5, "clipping must be active"
-    close(assemble([p for r in results for p in r["grads"]]), truth["grads"], 10 * tolerance)
-    saved = [p for r in results for p in r["pieces"]]
+        assert result["losses"] == pytest.approx(truth["losses"], rel=3e-2)
+        assert result["norms"] == pytest.approx(truth["norms"], rel=8e-2)
+    mine = saved(results)
+    start = plain_start(config)
     for kind, label in (("weight", "weights"), ("ema", "ema")):
-        mine = assemble([(k.split("|")[1], *rest) for k, *rest in saved if k.startswith(kind)])
-        close(mine, truth[label], 100 * tolerance)
+        assert mine[kind].keys() == truth[label].keys()
+        moved = torch.cat([(truth[label][n] - start[n]).flatten() for n in start])
+        apart = torch.cat([(mine[kind][n] - truth[label][n]).flatten() for n in start])
+        assert apart.norm() < 0.35 * moved.norm(), (apart.norm() / moved.norm()).item()
 
 
-def close(mine, theirs, tolerance):
-    theirs = {k: v for k, v in theirs.items() if not (k == "head.weight" and k not in mine)}
-    assert mine.keys() == theirs.keys()
-    for name in mine:
-        error = (mine[name] - theirs[name]).abs().max() / theirs[name].abs().max().clamp(min=1e-6)
-        assert error < tolerance, f"{name}: {error:.1e}"
+def plain_start(config):
+    from truth import plain_model
+
+    return {n: p.detach() for n, p in plain_model(config).named_parameters()}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", ["modern", "reference", "tied"])
-def test_layout_equals_one_process(layout, shape):
-    model = {"modern": MODERN, "reference": REFERENCE, "tied": MODERN | {"tied_embeddings": True}}[shape]
-    world_size, parallel = LAYOUTS[layout]
-    config = make_config(model, parallel=parallel)
-    compare(run_ranks(train, world_size, config, NUM_STEPS), plain_run(config, NUM_STEPS), 1e-5)
+EIGHT = {
+    "tp2_sp_cp2_pp2": {"tensor_size": 2, "sequence_parallel": True, "context_size": 2, "pipeline_size": 2},
+    "tp2_cp2_dp2_zero3": {"tensor_size": 2, "context_size": 2, "zero_stage": 3},
+    "tp2_sp_pp2_vp2_dp2": {
+        "tensor_size": 2, "sequence_parallel": True, "pipeline_size": 2, "virtual_pipeline_size": 2
+    },
+    "cp2_pp2_dp2_zero0": {"context_size": 2, "pipeline_size": 2, "zero_stage": 0},
+    "tp4_sp_dp2_zero2": {"tensor_size": 4, "sequence_parallel": True, "zero_stage": 2},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EIGHT)
+def test_eight_processes_equal_one(name):
+    config = make_config(MODEL | {"tied_embeddings": True, "dropout": 0.1}, parallel=EIGHT[name])
+    compare(run_ranks(train, 8, config, NUM_STEPS), truth_of(config))
 
 
 @pytest.mark.parametrize(
-    ("layout", "changes"),
+    ("world", "parallel", "changes"),
     [
-        ("tp2_sp_pp2", {"model": {"dropout": 0.1}}),
-        ("dp2", {"model": {"dropout": 0.1}, "train": {"micro_batch_size": 4}}),
-        ("tp2_sp", {"parallel": {"recompute": "full"}}),
-        ("pp2_vp2", {"parallel": {"recompute": "full"}}),
-        ("tp2", {"parallel": {"recompute": "selective"}, "model": {"dropout": 0.1}}),
-        ("tp2_pp2", {"objective": {"alpha_0": 1.0}}),
-        ("tp2_pp2", {"objective": {"alpha_0": 0.0}}),
-        ("tp2_dp2", {"objective": {"alpha_0": 0.5, "diffusion_loss": "any_order"}}),
-        ("dp2", {"objective": {"alpha_0": 1.0, "diffusion_loss": "low_var"}}),
+        (2, {"tensor_size": 2, "sequence_parallel": True}, {"model": REFERENCE}),
+        (2, {"pipeline_size": 2}, {"model": REFERENCE}),
+        (2, {"context_size": 2}, {"model": REFERENCE}),
+        (2, {"tensor_size": 2, "zero_stage": 3}, {"model": REFERENCE}),
+        (2, {"context_size": 2}, {"objective": {"alpha_0": 1.0}}),
+        (4, {"tensor_size": 2, "pipeline_size": 2}, {"objective": {"alpha_0": 0.0}}),
+        (2, {"context_size": 2}, {"objective": {"alpha_0": 0.5, "diffusion_loss": "any_order"}}),
+        (2, {}, {"objective": {"alpha_0": 1.0, "diffusion_loss": "low_var"}}),
+        (2, {"offload_optimizer": True, "pipeline_size": 2}, {}),
+        (2, {"offload_optimizer": True, "tensor_size": 2, "zero_stage": 2}, {}),
+        (2, {"offload_optimizer": True, "offload_parameters": True, "zero_stage": 3}, {}),
+        (2, {"pipeline_size": 2, "layers_per_stage": [1, 4]}, {}),
+        (2, {"pipeline_size": 2, "virtual_pipeline_size": 2, "layers_per_stage": [3, 2]}, {}),
     ],
 )
-def test_features_under_layouts(layout, changes):
-    world_size, parallel = LAYOUTS[layout]
+def test_other_features_equal_one_process(world, parallel, changes):
     changes = dict(changes)
-    model = MODERN | changes.pop("model", {})
-    config = make_config(model, parallel={**parallel, **changes.pop("parallel", {})}, **changes)
-    compare(run_ranks(train, world_size, config, NUM_STEPS), plain_run(config, NUM_STEPS), 1e-5)
+    config = make_config(changes.pop("model", MODEL), parallel=parallel, **changes)
+    compare(run_ranks(train, world, config, NUM_STEPS), truth_of(config))
 
 
 def test_dropout_drops():
@@ -137,69 +157,43 @@ def test_dropout_drops():
     assert abs(without["losses"][0] - dropped["losses"][0]) > 1e-3
 
 
-@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])
-def test_bf16_accumulates_and_reduces_in_fp32(layout):
+BF16 = {
+    "tp2": {"tensor_size": 2},
+    "pp2": {"pipeline_size": 2},
+    "dp2_zero0": {"zero_stage": 0},
+    "dp2_zero1": {"zero_stage": 1},
+    "dp2_zero2": {"zero_stage": 2},
+    "dp2_zero3": {"zero_stage": 3},
+    "pp2_offload": {"pipeline_size": 2, "offload_optimizer": True},
+    "dp2_zero3_offload": {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True},
+}
+
+
+@pytest.mark.parametrize("name", BF16)
+def test_bf16_accumulates_and_reduces_in_fp32(name):
     """In bf16 the split run stays with the whole one to far below bf16's rounding of a sum (4e-3)."""
-    world_size, parallel = LAYOUTS[layout]
     options = {"precision": "bf16", "global_batch_size": 16}
-    whole = make_config(train=options)
-    split = make_config(train=options, parallel=parallel)
-    one, many = run_ranks(train, 1, whole, NUM_STEPS), run_ranks(train, world_size, split, NUM_STEPS)
-    exact = layout != "tp2"  # a tensor split rounds partial sums of activations to bf16
-    assert many[0]["losses"] == pytest.approx(one[0]["losses"], rel=1e-5 if exact else 2e-2)
-    truth = plain_run(make_config(train=options | {"precision": "fp32"}), NUM_STEPS)
-    assert one[0]["losses"] == pytest.approx(truth["losses"], rel=3e-2)
-    mine = assemble([p for r in many for p in r["pieces"] if p[0].startswith("weight")])
-    theirs = assemble([p for r in one for p in r["pieces"] if p[0].startswith("weight")])
-    moved = {k: (v - truth["weights"][k.split("|")[1]]).abs().max().item() for k, v in theirs.items()}
-    assert max(moved.values()) > 1e-5, "bf16 is not fp32"
-    close(mine, theirs, 1e-4 if exact else 0.3)
+    split = make_config(train=options, parallel=BF16[name])
+    one, many = _one_bf16(), run_ranks(train, 2, split, NUM_STEPS)
+    exact = name != "tp2"  # a tensor split rounds partial sums of activations to bf16
+    gradients = saved(one, "first")["exp_avg"]
+    close(saved(many, "first")["exp_avg"], gradients, 1e-5 if exact else 0.1)
+    truth = first_momentum(truth_of(split))
+    assert max((v - truth[k]).abs().max() / truth[k].abs().max() for k, v in gradients.items()) > 1e-3, (
+        "bf16 is not fp32"
+    )
+    # later a rounding of the sum may flip one of the weights' last bits
+    assert many[0]["losses"] == pytest.approx(one[0]["losses"], rel=2e-3 if exact else 2e-2)
 
 
-def outputs(config):
-    """What validation and probe give on a rank."""
-    from esolm_megatron.objective.esolm import draw_validation
-    from esolm_megatron.parallel.engine import Engine
-
-    engine = Engine(config)
-    top = engine.topology
-    shares = []
-    for part in range(top.pipeline_size):
-        rows = np.arange(4) * top.data_size * top.pipeline_size + part * top.data_size + top.data_rank
-        rows = rows[rows < 8] if top.pipeline_size * top.data_size > 1 else np.arange(8)
-        shares.append(_validation_share(draw_validation, config, rows))
-    noised = type(shares[0])([s.micro_batches[0] for s in shares], sum(s.num_valid for s in shares))
-    sums, counts = engine.evaluate(noised)
-    probe = engine.probe()
-    return {"sums": sums.tolist(), "counts": counts.tolist(), "probe": {k: v.numpy() for k, v in probe.items()}}
+def _one_bf16():
+    if not hasattr(_one_bf16, "kept"):
+        config = make_config(train={"precision": "bf16", "global_batch_size": 16})
+        _one_bf16.kept = run_ranks(train, 1, config, NUM_STEPS)
+    return _one_bf16.kept
 
 
-def _validation_share(draw, config, rows):
-    m = config.model
-    tokens = np.random.default_rng(9).integers(0, m.mask_id, (8, m.seq_length))[rows]
-    valid = np.ones_like(tokens, bool)
-    valid[rows == 3, 5:] = False
-    return draw(tokens, valid, rows, 8, config.objective, mask_id=m.mask_id, key=(config.seed, "validation"))
-
-
-@pytest.mark.parametrize("layout", ["dp2", "tp2_sp", "pp2_vp2", "tp2_pp2"])
-def test_validation_and_probe_equal_one_process(layout):
-    from esolm_megatron.objective.esolm import draw_validation
-
-    world_size, parallel = LAYOUTS[layout]
-    config = make_config(parallel=parallel)
-    model = plain_model(config)
-    share = _validation_share(draw_validation, config, np.arange(8))
-    (batch,) = share.micro_batches
-    attend = PackedAttention(batch.layout)
-    with torch.no_grad():
-        losses = model(batch.tokens, batch.positions, attend, places=batch.places, targets=batch.targets)
-    sums = part_sums(losses, batch).tolist()
-    for result in run_ranks(outputs, world_size, config):
-        assert result["sums"] == pytest.approx(sums, rel=1e-5)
-        assert result["counts"] == share.num_valid.tolist()
-        probe = {k: torch.from_numpy(v) for k, v in result["probe"].items()}
-        with torch.no_grad():
-            logits = model(probe["tokens"], probe["positions"], PackedAttention(PackedLayout(16, 1)))
-        torch.testing.assert_close(probe["logits_weight"], logits, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(probe["logits_ema"], logits, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize(("world", "size"), [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2)])
+def test_number_of_replicas_and_micro_batch_size_change_nothing(world, size):
+    config = make_config(train={"micro_batch_size": size}, objective={"alpha_0": 1.0})
+    compare(run_ranks(train, world, config, NUM_STEPS), truth_of(config))

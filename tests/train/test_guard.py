@@ -54,14 +54,20 @@ def train(config, kinds, poisoned_data_rank):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("world_size", "parallel"),
-    [(1, {}), (2, {}), (2, {"tensor_size": 2}), (2, {"pipeline_size": 2}), (4, {"tensor_size": 2, "sequence_parallel": True})],
-    ids=["dp1", "dp2", "tp2", "pp2", "tp2_sp_dp2"],
+    [
+        (1, {}), (2, {}), (2, {"tensor_size": 2}), (2, {"pipeline_size": 2}), (2, {"context_size": 2}),
+        (2, {"zero_stage": 0}), (2, {"zero_stage": 2}), (2, {"zero_stage": 3}),
+        (4, {"tensor_size": 2, "sequence_parallel": True}),
+    ],
+    ids=["dp1", "dp2", "tp2", "pp2", "cp2", "zero0", "zero2", "zero3", "tp2_sp_dp2"],
 )  # fmt: skip
 def test_refused_steps_leave_no_trace(world_size, parallel, precision):
     config = make_config(parallel=parallel, train={"precision": precision})
-    last = world_size // (parallel.get("tensor_size", 1) * parallel.get("pipeline_size", 1)) - 1
+    split = parallel.get("tensor_size", 1) * parallel.get("pipeline_size", 1) * parallel.get("context_size", 1)
+    last = world_size // split - 1
     clean = run_ranks(train, world_size, config, GOOD, last)
     dirty = run_ranks(train, world_size, config, WITH_BAD, last)
+    assert any(pieces for _, _, pieces, _, _ in clean)
     for (norms, refused, pieces, parameters, steps), (norms_2, refused_2, pieces_2, parameters_2, steps_2) in zip(
         clean, dirty, strict=True
     ):
@@ -70,7 +76,8 @@ def test_refused_steps_leave_no_trace(world_size, parallel, precision):
         assert steps == steps_2 == 4
         assert norms == norms_2
         assert pieces.keys() == pieces_2.keys()
-        assert {key[0] for key in pieces} == {"weight", "exp_avg", "exp_avg_sq", "ema"}
+        everything = {"weight", "exp_avg", "exp_avg_sq", "ema"}
+        assert {key[0] for key in pieces} in (everything, set()), "ZeRO-0's copies are saved by one rank"
         for key, value in pieces.items():
             assert torch.equal(value, pieces_2[key]), key
         assert all(torch.equal(a, b) for a, b in zip(parameters, parameters_2, strict=True))
