@@ -397,14 +397,17 @@ def test_a_listing_appears_whole(tmp_path):
                 data = (tmp_path / "x" / "rank_00001.json").read_bytes()
                 if not data.endswith(b"}\n"):
                     partial.add(len(data))
+            time.sleep(0.0002)  # a thread that never waits would keep the interpreter from the writer
 
     watcher = threading.Thread(target=look)
     watcher.start()
-    for _ in range(40):
-        ckpt.write_rank(tmp_path / "x", 1, big)
-        assert ckpt.missing_ranks(tmp_path / "x", 2) == [0]
-    done.set()
-    watcher.join()
+    try:
+        for _ in range(40):
+            ckpt.write_rank(tmp_path / "x", 1, big)
+            assert ckpt.missing_ranks(tmp_path / "x", 2) == [0]
+    finally:
+        done.set()
+        watcher.join()
     assert partial == set()
 
 

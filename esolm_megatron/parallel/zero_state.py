@@ -205,17 +205,16 @@ class ZeroState:
         if not self.ema:
             yield
             return
-        kept = [flat.detach().clone() for flat in self.flats]
-        with torch.no_grad():
-            for flat, average in zip(self.flats, self.ema, strict=True):
-                flat.data.copy_(average)
+        kept = [flat.data for flat in self.flats]
+        for flat, average in zip(self.flats, self.ema, strict=True):
+            flat.data = average  # DeepSpeed looks at .data when it publishes: nothing is copied
+        try:
             self.partitions.publish()
-            try:
-                yield
-            finally:
-                for flat, old in zip(self.flats, kept, strict=True):
-                    flat.data.copy_(old)
-                self.partitions.publish()
+            yield
+        finally:
+            for flat, old in zip(self.flats, kept, strict=True):
+                flat.data = old
+            self.partitions.publish()
 
 
 def _range(local: Box, common: Box, at: int, count: int) -> slice:
