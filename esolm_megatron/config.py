@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from esolm_megatron.legal import layout_problems, world_problems  # noqa: F401 - callers of a Config ask here
-from esolm_megatron.sections import GuardConfig, Section, WatchdogConfig
+from esolm_megatron.sections import DataConfig, GuardConfig, Section, WatchdogConfig
 
 
 class UserError(Exception):
@@ -194,19 +194,6 @@ class ParallelConfig(Section):
     """Elements that ZeRO reduces or gathers in one call."""
     timeout_s: float = Field(600.0, gt=0)
     """Seconds after which a collective that does not finish is an error."""
-
-
-class DataConfig(Section):
-    """Which prepared tokens are read."""
-
-    path: str
-    """Folder made by `esolm data prepare`."""
-    num_lanes: int = Field(16, ge=1)
-    """Independent read positions that a batch is drawn from."""
-    shuffle_window: int = Field(512, ge=1)
-    """Sequences permuted together within a lane."""
-    prefetch_batches: int = Field(4, ge=1)
-    """Batches read ahead by a thread."""
 
 
 class EvaluateConfig(Section):

@@ -1,4 +1,4 @@
-"""What every section of the configuration is, and the sections that keep a long run alive."""
+"""What every section of the configuration is, and the sections of data and of long runs."""
 
 from __future__ import annotations
 
@@ -44,3 +44,16 @@ class WatchdogConfig(Section):
     """But never fewer seconds than this."""
     slow_limit_s: float = Field(1800.0, gt=0)
     """Seconds that anything else may take: start, first step, validation, saving, going back to a checkpoint."""
+
+
+class DataConfig(Section):
+    """Which prepared tokens are read."""
+
+    path: str
+    """Folder made by `esolm data prepare`."""
+    num_lanes: int = Field(16, ge=1)
+    """Independent read positions that a batch is drawn from."""
+    shuffle_window: int = Field(512, ge=1)
+    """Sequences permuted together within a lane."""
+    prefetch_batches: int = Field(4, ge=1)
+    """Batches read ahead by a thread."""

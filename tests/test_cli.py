@@ -11,7 +11,8 @@ import torch
 import yaml
 
 from esolm_megatron import load_pretrained
-from esolm_megatron.cli import main, parse_infill
+from esolm_megatron.cli import main
+from esolm_megatron.commands.model import parse_infill
 from esolm_megatron.config import ConfigError
 
 pytestmark = pytest.mark.end_to_end

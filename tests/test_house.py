@@ -16,7 +16,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ALL = [*MODULES, *sorted((ROOT / "checkpoints_conversion").rglob("*.py"))]
 
 LINES_PER_FILE = 500
-CODE_LINES_OF_PACKAGE = 7000
+CODE_LINES_OF_PACKAGE = 9000
 
 
 def lines(path):
@@ -57,7 +57,7 @@ def test_only_the_command_line_prints():
     found = {
         str(p.relative_to(ROOT)): at
         for p in MODULES
-        if p.name != "cli.py" and (at := calls_of(ast.parse(p.read_text()), "print"))
+        if p.parent.name != "commands" and (at := calls_of(ast.parse(p.read_text()), "print"))
     }
     assert found == {}
 

@@ -1,0 +1,50 @@
+"""The verbs of the command line, and what they share: options written `field=value`, and results for people or programs.
+
+Each verb imports what it needs when it runs, so that planning and help start at once and without torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+from rich.console import Console
+
+from esolm_megatron.config import ConfigError, Section
+
+Options = TypeVar("Options", bound=Section)
+
+
+def options(kind: type[Options], overrides: Sequence[str]) -> Options:
+    """`field=value` words as a checked group of fields; every problem at once."""
+    values, problems = {}, []
+    for word in overrides:
+        name, separator, value = word.partition("=")
+        if not separator:
+            problems.append(f"{word!r}: an option is written field=value")
+            continue
+        text = kind.model_fields.get(name) is not None and "str" in str(kind.model_fields[name].annotation)
+        values[name] = value.replace("\\n", "\n") if text and value != "null" else yaml.safe_load(value)
+    try:
+        checked = kind.model_validate(values)
+    except ValidationError as error:
+        known = ", ".join(kind.model_fields)
+        for item in error.errors():
+            name = ".".join(str(p) for p in item["loc"])
+            hint = f"; known here: {known}" if item["type"] == "extra_forbidden" else ""
+            problems.append(f"{name}: {item['msg']}{hint}")
+        raise ConfigError("\n".join(problems)) from None
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return checked
+
+
+def show(result: Any, as_dict: Callable[[], Any], as_json: bool) -> None:
+    """Print a result for a person, or as one JSON document."""
+    if as_json:
+        print(json.dumps(as_dict(), indent=1, default=str))
+    else:
+        Console().print(result)

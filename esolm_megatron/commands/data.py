@@ -1,0 +1,98 @@
+"""`esolm data`: prepare, verify, show, train-tokenizer, corpus."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from pydantic import Field
+from rich.console import Console
+
+from esolm_megatron.commands import options, show
+from esolm_megatron.config import Section
+
+
+def run(args: argparse.Namespace) -> int:
+    """The actions of `esolm data`."""
+    return {
+        "prepare": _data_prepare,
+        "verify": _data_verify,
+        "show": _data_show,
+        "train-tokenizer": _data_train_tokenizer,
+        "corpus": _data_corpus,
+    }[args.action](args)
+
+
+def _data_prepare(args: argparse.Namespace) -> int:
+    from esolm_megatron.data.prepare import load_prepare_config, prepare
+
+    summary = prepare(load_prepare_config(args.path, args.overrides), progress=not args.json)
+    show(str(summary), lambda: {"folder": summary.folder, "seconds": summary.seconds}, args.json)
+    return 0
+
+
+def _data_verify(args: argparse.Namespace) -> int:
+    from esolm_megatron.data.verify import verify
+
+    report = verify(args.path)
+    show(
+        "\n".join([f"{args.path}: {'sound' if report.ok else 'DAMAGED'}", *report.problems]),
+        lambda: vars(report),
+        args.json,
+    )
+    return 0 if report.ok else 1
+
+
+def _data_show(args: argparse.Namespace) -> int:
+    from esolm_megatron.data.verify import show as decoded
+
+    class ShowOptions(Section):
+        split: str = "train"
+        rows: int = 4
+        seq_length: int = 256
+
+    texts = decoded(args.path, **options(ShowOptions, args.overrides).model_dump())
+    if args.json:
+        print(json.dumps(texts))
+        return 0
+    for i, text in enumerate(texts):
+        Console().rule(f"row {i}")
+        print(text)
+    return 0
+
+
+def _data_train_tokenizer(args: argparse.Namespace) -> int:
+    from esolm_megatron.data.corpus import cut, find_files, read_documents
+    from esolm_megatron.data.tokenizer import train_tokenizer
+
+    class TokenizerOptions(Section):
+        output: str
+        vocab_size: int = Field(32000, ge=257)
+        text_field: str = "text"
+
+    chosen = options(TokenizerOptions, args.overrides)
+    texts = (
+        document[0]
+        for file in find_files([args.path])
+        for piece in cut(file, 1 << 26)
+        for document in read_documents(piece, chosen.text_field)
+        if document is not None
+    )
+    tokenizer = train_tokenizer(texts, chosen.vocab_size, chosen.output)
+    show(
+        f"{chosen.output}: {tokenizer.vocab_size} tokens",
+        lambda: {"folder": chosen.output, "vocab_size": tokenizer.vocab_size},
+        args.json,
+    )
+    return 0
+
+
+def _data_corpus(args: argparse.Namespace) -> int:
+    from esolm_megatron.data.corpus import write_corpus
+
+    class CorpusOptions(Section):
+        max_bytes: int | None = None
+
+    size = write_corpus(args.path, options(CorpusOptions, args.overrides).max_bytes)
+    show(f"{args.path}: {size:,} bytes of text", lambda: {"folder": args.path, "bytes": size}, args.json)
+    return 0
