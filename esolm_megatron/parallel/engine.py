@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import megatron.core.parallel_state as ps
@@ -22,6 +22,8 @@ from esolm_megatron.parallel.gate import Gate
 from esolm_megatron.parallel.layers import megatron_config
 from esolm_megatron.parallel.zero_state import ZeroState
 from esolm_megatron.topology import padded_vocab
+
+PROBE_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -112,13 +114,14 @@ class Engine:
         """
         m = self.config.model
         multiple = self.topology.token_multiple
-        length = max(min(64, m.seq_length) // multiple, 1) * multiple  # every rank has a share
+        # few tokens, for training waits; far apart, so that the rotary embedding of all positions is tried
+        length = max(min(PROBE_TOKENS, m.seq_length) // multiple, 1) * multiple  # every rank has a share
         generator = np.random.default_rng(0)
         tokens = generator.integers(0, m.mask_id, (1, length))
-        order = generator.permutation(length)[None]
-        masked = np.isin(np.arange(length), order[0, length // 2 :])[None]
-        rows = OrderedRows(tokens, order, masked, np.ones((1, length)), np.zeros(1, np.int64))
-        batch = pack(rows, [], m.mask_id, 0)
+        places, masked = np.arange(length)[None], np.arange(length)[None] >= length // 2
+        batch = pack(OrderedRows(tokens, places, masked, np.ones((1, length)), np.zeros(1, np.int64)), [], m.mask_id, 0)
+        positions = generator.permutation(max(length, m.seq_length))[:length]
+        batch = replace(batch, positions=torch.from_numpy(positions).to(batch.positions))
         out = {"tokens": batch.tokens.cpu(), "positions": batch.positions.cpu(), "logits_weight": self._logits(batch)}
         if self.state.ema:
             with self.state.averaged_weights():
