@@ -296,7 +296,16 @@ def _schedule_problems(c: Any) -> Iterator[str]:
         yield f"optim.warmup_steps = {o.warmup_steps}: must be below train.num_steps = {t.num_steps}"
 
 
-_CHECKS = (_model_problems, _objective_problems, _batch_problems, layout_problems, _schedule_problems)
+def _checkpoint_problems(c: Any) -> Iterator[str]:
+    k = c.checkpoint
+    if k.keep_every and (not k.every_steps or k.keep_every % k.every_steps):
+        yield (
+            f"checkpoint.keep_every = {k.keep_every}: must be a multiple of checkpoint.every_steps = {k.every_steps}, "
+            "else those steps are never saved"
+        )
+
+
+_CHECKS = (_checkpoint_problems, _model_problems, _objective_problems, _batch_problems, layout_problems, _schedule_problems)
 
 
 def _field_problems(error: ValidationError) -> list[tuple[tuple[str, ...], str]]:

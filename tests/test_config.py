@@ -43,6 +43,10 @@ CROSS_FIELD = {
         "model.num_heads = 7: must divide model.hidden_size = 60",
     ),
     "odd head width": ({"model": {"num_heads": 4}}, "makes heads 15 wide, but RoPE needs an even width"),
+    "checkpoints that are never saved": (
+        {"checkpoint": {"every_steps": 100, "keep_every": 250}},
+        "checkpoint.keep_every = 250: must be a multiple of checkpoint.every_steps = 100",
+    ),
     "key-value heads": ({"model": {"num_kv_heads": 3}}, "model.num_kv_heads = 3: must divide model.num_heads = 10"),
     "tied head with a bias": ({"model": {"tied_embeddings": True}}, "set model.output_bias=false"),
     "diffusion model with a sequential part": (

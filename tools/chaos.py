@@ -2,70 +2,109 @@
 
     python tools/chaos.py --kills 100 --out runs/chaos
 
-Two runs with the same settings: one undisturbed, one that is killed with SIGKILL and restarted. Kinds of trouble:
+Two runs of 4 processes with the same settings, which read their tokens from a shard server on this machine: one
+undisturbed, one that is killed with SIGKILL and restarted. Kinds of trouble:
 
-    one rank      SIGKILL to one process; the launcher ends the others
+    one rank      SIGKILL to one process; the launcher must end the others
     all           SIGKILL to launcher and ranks at once
     save          all, at the moment when a checkpoint is being written
     load          all, while the restarted run is still loading
-    full disk     the run meets a limit on the size of files, as on a full disk, and ends by itself
+    full disk     the run meets a limit on the size of files, as on a full disk, and must end by itself
+    shard server  the server answers 500 to everything; the run must end by itself
 
 After each, the newest checkpoint must be whole and no older than before. At the end the run must have reached its last
 step; while the layout stayed the same, its weights must be those of the undisturbed run, bit for bit. With --layouts,
-restarts take turns over several layouts of 4 processes, and the losses must agree to fp32 rounding.
+restarts take turns over several layouts of 4 processes, and the weights must agree to fp32 rounding.
+
+--out gets report.json, and table.md for docs/reliability.md. Exits with 1 where something was lost.
 """
 
 import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections import Counter
 from dataclasses import asdict, dataclass
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from esolm_megatron.checkpoint import Checkpoint, complete_steps, newest, step_folder
+from esolm_megatron.checkpoint import Checkpoint, newest, step_folder
 from esolm_megatron.data.prepare import PrepareConfig, prepare
+from esolm_megatron.train.ending import read as read_ending
 
-KINDS = ("one rank", "all", "save", "load", "full disk")
+KINDS = ("one rank", "all", "save", "load", "full disk", "shard server")
+ENDS_BY_ITSELF = {"full disk", "shard server"}
 LAYOUTS: tuple[dict[str, int], ...] = (
     {},
     {"tensor_size": 2},
     {"pipeline_size": 2},
     {"tensor_size": 2, "pipeline_size": 2},
 )
+ROUNDING = 2e-3
+"""Largest difference of a saved number after a run on several layouts; Adam makes much of fp32 rounding."""
+HANGS_S = 180.0
 CONSOLE = Console()
 
 
 @dataclass
 class Trouble:
-    """One disturbance: what was done, when, and what the next start made of it."""
+    """One disturbance, what was left, and how long the next start took to make a new step."""
 
     kind: str
     layout: str
     committed: int
+    """Step of the newest whole checkpoint afterwards."""
     reached: int
-    seconds_to_first_step: float
+    """Last step that had been made."""
+    status: int
+    """Exit status of the launcher."""
+    seconds_to_new_step: float | None = None
 
     @property
     def repeated(self) -> int:
-        """Steps that had been done and must be done again."""
+        """Steps that had been made and must be made again."""
         return max(0, self.reached - self.committed)
+
+
+class ShardServer:
+    """Serves a folder over HTTP; while `broken`, answers 500."""
+
+    def __init__(self, folder: Path):
+        self.broken = False
+        server = self
+
+        class Handler(SimpleHTTPRequestHandler):
+            def do_GET(self) -> None:
+                if server.broken:
+                    self.send_error(500)
+                else:
+                    super().do_GET()
+
+            def log_message(self, *words: Any) -> None:
+                pass
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
+        self.address = f"http://127.0.0.1:{self._http.server_port}"
+        threading.Thread(target=self._http.serve_forever, daemon=True).start()
 
 
 class Run:
     """A training run in its folder, started and disturbed."""
 
-    def __init__(self, folder: Path, tokens: Path, steps: int, seed: int):
-        self.folder, self.run = folder, folder / "run"
+    def __init__(self, folder: Path, address: str, steps: int, seed: int):
+        self.folder, self.run, self.cache = folder, folder / "run", folder / "cache"
         self.tree = {
             "name": "run",
             "runs_dir": str(folder),
@@ -77,22 +116,21 @@ class Run:
                 "log_every_steps": 1, "device": "cpu",
             },
             "optim": {"lr": 3e-3, "warmup_steps": 5, "ema_decay": 0.9},
-            "data": {"path": str(tokens)},
+            "data": {"path": address, "cache_dir": str(self.cache), "retries": 2},
             "evaluate": {"every_steps": 0},
             "checkpoint": {"every_steps": 3, "keep_last": 3},
         }  # fmt: skip
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True)
 
     def start(self, layout: dict[str, int], file_limit: int | None = None) -> subprocess.Popen[bytes]:
         """The run as a user starts it, on 4 processes, in a process group of its own."""
         file = self.folder / "run.yaml"
         file.write_text(yaml.safe_dump(self.tree | {"parallel": layout}))
-        log = (self.folder / "log.txt").open("ab")
         command = [sys.executable, "-m", "esolm_megatron", "train", str(file), "--processes", "4"]
-
         if file_limit is not None:  # in units of 1 KiB; without the signal, writes fail as on a full disk
             command = ["bash", "-c", f'trap "" XFSZ; ulimit -f {file_limit}; exec "$@"', "limited", *command]
-        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        with (self.folder / "log.txt").open("ab") as log:
+            return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
     def last_step(self, since: float = 0.0) -> int:
         """The newest step that was logged after `since` (seconds of the clock); 0 where there is none."""
@@ -110,6 +148,11 @@ class Run:
         """The newest whole checkpoint, verified."""
         found = newest(self.run, verify=True)
         return 0 if found is None else found.step
+
+    def saving(self) -> bool:
+        """Whether a checkpoint is being written."""
+        parent = step_folder(self.run, 0).parent
+        return parent.exists() and any(".tmp" in path.name for path in parent.iterdir())
 
 
 def kill_all(process: subprocess.Popen[bytes]) -> None:
@@ -130,52 +173,74 @@ def children(pid: int) -> list[int]:
         return []
 
 
-def wait_for(process: subprocess.Popen[bytes], what: Any, seconds: float = 180.0) -> bool:
-    """Whether `what()` came true before the process ended or time ran out."""
-    deadline = time.monotonic() + seconds
+def wait_for(process: subprocess.Popen[bytes], what: Any) -> bool:
+    """Whether `what()` came true before the process ended."""
+    deadline = time.monotonic() + HANGS_S
     while time.monotonic() < deadline:
         if what():
             return True
         if process.poll() is not None:
             return False
-        time.sleep(0.005)
-    raise SystemExit("the run hangs: no new step within three minutes; see log.txt")
+        time.sleep(0.01)
+    kill_all(process)
+    raise SystemExit(f"HANGS: no new step within {HANGS_S:g} s; see log.txt")
 
 
-def disturb(run: Run, kind: str, layout: dict[str, int], generator: random.Random) -> Trouble | None:
-    """Start the run, let it work, make trouble; None if it finished first."""
-    before, begun = run.committed(), time.time()
-    if kind == "full disk":
-        process = run.start(layout, file_limit=20)
-        process.wait()
-        if process.returncode == 0:
-            return None
-        return Trouble(kind, name(layout), run.committed(), run.last_step(), float("nan"))
-    process = run.start(layout)
-    if kind == "load":
-        time.sleep(generator.uniform(2.0, 8.0))
-        kill_all(process)
-        return Trouble(kind, name(layout), run.committed(), before, float("nan"))
-    if not wait_for(process, lambda: run.last_step(begun) > before):
-        return None
-    first = time.time() - begun
-    goal = before + generator.randrange(1, 8)
-    if not wait_for(process, lambda: run.last_step(begun) >= goal):
-        return None
-    if kind == "save":
-        parent = run.run / "checkpoints"
-        if not wait_for(process, lambda: any(".tmp" in p.name for p in parent.iterdir()) if parent.exists() else False):
-            return None
-    else:
-        time.sleep(generator.uniform(0, 0.3))
-    if kind == "one rank":
+class Chaos:
+    """The disturbed run, and what was done to it."""
+
+    def __init__(self, run: Run, server: ShardServer, seed: int):
+        self.run, self.server = run, server
+        self.generator = random.Random(seed)
+        self.troubles: list[Trouble] = []
+
+    def disturb(self, kind: str, layout: dict[str, int]) -> bool:
+        """Start the run, let it work, make trouble; False if it finished first."""
+        run, before, begun = self.run, self.run.committed(), time.time()
+        if kind == "shard server":
+            shutil.rmtree(run.cache, ignore_errors=True)
+        self.server.broken = kind == "shard server"
+        process = run.start(layout, file_limit=20 if kind == "full disk" else None)
+        if kind in ENDS_BY_ITSELF:
+            try:
+                process.wait(HANGS_S)
+            except subprocess.TimeoutExpired:
+                kill_all(process)
+                raise SystemExit(f"HANGS: {kind} did not end the run within {HANGS_S:g} s; see log.txt") from None
+            if process.returncode == 0:
+                raise SystemExit(f"{kind}: the run ended with status 0; see log.txt")
+        elif not self._kill(kind, process, before, begun):
+            return False
+        self.server.broken = False
+        reached = max(before, run.last_step(begun))
+        self.troubles.append(Trouble(kind, name(layout), run.committed(), reached, process.returncode))
+        return True
+
+    def _kill(self, kind: str, process: subprocess.Popen[bytes], before: int, begun: float) -> bool:
+        run, generator = self.run, self.generator
+        if kind == "load":
+            time.sleep(generator.uniform(2.0, 8.0))
+            kill_all(process)
+            return True
+        if not wait_for(process, lambda: run.last_step(begun) > before):
+            return False
+        if self.troubles and self.troubles[-1].seconds_to_new_step is None:
+            self.troubles[-1].seconds_to_new_step = round(time.time() - begun, 2)
+        goal = before + generator.randrange(1, 8)
+        if not wait_for(process, lambda: run.last_step(begun) >= goal):
+            return False
+        if kind == "save":
+            if not wait_for(process, run.saving):
+                return False
+        else:
+            time.sleep(generator.uniform(0, 0.3))
         ranks = children(process.pid)
-        if ranks:
+        if kind == "one rank" and ranks:
             os.kill(generator.choice(ranks), signal.SIGKILL)
-        process.wait(90)
-    else:
-        kill_all(process)
-    return Trouble(kind, name(layout), run.committed(), run.last_step(), round(first, 2))
+            process.wait(90)
+        else:
+            kill_all(process)
+        return True
 
 
 def name(layout: dict[str, int]) -> str:
@@ -184,7 +249,7 @@ def name(layout: dict[str, int]) -> str:
     return f"TP{tensor} PP{pipeline} DP{4 // (tensor * pipeline)}"
 
 
-def equal_weights(a: Path, b: Path, step: int) -> float:
+def difference(a: Path, b: Path, step: int) -> float:
     """Largest difference between the saved tensors of two runs."""
     one, two = (Checkpoint.open(step_folder(run, step), verify=True) for run in (a, b))
     return max(
@@ -192,6 +257,22 @@ def equal_weights(a: Path, b: Path, step: int) -> float:
         for kind in one.kinds()
         for key in one.names(kind)
     )
+
+
+def table(troubles: list[Trouble]) -> str:
+    """Markdown: a row for each kind, and one for all."""
+    head = ("kind", "times", "steps made again: median, most", "exit status", "seconds to a new step: median, most")
+    out = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for kind in (*KINDS, "all kinds"):
+        mine = [t for t in troubles if kind in (t.kind, "all kinds")]
+        if not mine:
+            continue
+        again = [t.repeated for t in mine]
+        status = ", ".join(sorted({str(t.status) for t in mine}))
+        waits = [t.seconds_to_new_step for t in mine if t.seconds_to_new_step is not None]
+        wait = f"{median(waits):.1f}, {max(waits):.1f}" if waits else "-"
+        out.append(f"| {kind} | {len(mine)} | {median(again):g}, {max(again)} | {status} | {wait} |")
+    return "\n".join(out)
 
 
 def main() -> None:
@@ -204,46 +285,45 @@ def main() -> None:
     args = parser.parse_args()
     if args.out.exists():
         raise SystemExit(f"{args.out}: exists; remove it, or give another --out")
-    generator, steps = random.Random(args.seed), 8 * args.kills + 20
-    source = Path(__file__).parents[1] / "esolm_megatron"
-    tokens = args.out / "tokens"
+    steps = 8 * args.kills + 20
+    tokens, source = args.out / "tokens", Path(__file__).parents[1] / "esolm_megatron"
     prepare(PrepareConfig(inputs=(str(source),), output=str(tokens), block_tokens=4096), progress=False)
-    run, calm = Run(args.out / "killed", tokens, steps, args.seed), Run(args.out / "calm", tokens, steps, args.seed)
-    troubles: list[Trouble] = []
-    best = 0
-    while len(troubles) < args.kills:
-        layout = generator.choice(LAYOUTS) if args.layouts else LAYOUTS[1]
-        trouble = disturb(run, KINDS[len(troubles) % len(KINDS)], layout, generator)
-        if trouble is None:
-            break
-        if trouble.committed < best:
-            raise SystemExit(f"LOST: checkpoint {best} was whole, now the newest is {trouble.committed}")
-        best = trouble.committed
-        troubles.append(trouble)
-        CONSOLE.print(f"{len(troubles)}/{args.kills} {trouble}", highlight=False)
+    server = ShardServer(tokens)
+    run = Run(args.out / "killed", server.address, steps, args.seed)
+    calm = Run(args.out / "calm", server.address, steps, args.seed)
+    chaos = Chaos(run, server, args.seed)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=CONSOLE) as progress:
+        task = progress.add_task("kills", total=args.kills)
+        for number in range(args.kills):
+            layout = chaos.generator.choice(LAYOUTS) if args.layouts else LAYOUTS[1]
+            best = run.committed()
+            if not chaos.disturb(KINDS[number % len(KINDS)], layout):
+                raise SystemExit("the run ended before it was disturbed; see log.txt")
+            done = chaos.troubles[-1]
+            if done.committed < best:
+                raise SystemExit(f"LOST: checkpoint {best} was whole, now the newest is {done.committed}")
+            progress.update(
+                task, advance=1, description=f"{done.kind}: at step {done.reached}, {done.repeated} to repeat"
+            )
     for each in (run, calm):
-        if each.start(LAYOUTS[1]).wait():
+        CONSOLE.print(f"{each.folder}: to the end")
+        if each.start(LAYOUTS[1]).wait() or (read_ending(each.run) or {}).get("how") != "finished":
             raise SystemExit(f"{each.folder}: did not finish; see log.txt there")
-    difference = equal_weights(run.run, calm.run, steps)
-    report(args.out, troubles, steps, complete_steps(run.run)[-1], difference)
-    if not args.layouts and difference:
-        raise SystemExit(f"LOST: weights differ from the undisturbed run by {difference}")
-
-
-def report(out: Path, troubles: list[Trouble], steps: int, reached: int, difference: float) -> None:
-    """The table, and report.json beside it."""
-    table = Table(title=f"{len(troubles)} kills; step {reached} of {steps}; largest difference {difference:g}")
-    for heading in ("kind", "times", "steps repeated, median and most", "seconds to first new step, median"):
-        table.add_column(heading, justify="right")
-    for kind, times in Counter(t.kind for t in troubles).items():
-        mine = [t for t in troubles if t.kind == kind]
-        repeated = sorted(t.repeated for t in mine)
-        first = sorted(t.seconds_to_first_step for t in mine if t.seconds_to_first_step == t.seconds_to_first_step)
-        median = f"{first[len(first) // 2]:.1f}" if first else "-"
-        table.add_row(kind, str(times), f"{repeated[len(repeated) // 2]}, {repeated[-1]}", median)
-    CONSOLE.print(table)
-    facts = {"steps": steps, "reached": reached, "difference": difference, "troubles": [asdict(t) for t in troubles]}
-    (out / "report.json").write_text(json.dumps(facts, indent=1) + "\n")
+    worst, allowed = difference(run.run, calm.run, steps), ROUNDING if args.layouts else 0.0
+    facts = {"steps": steps, "difference": worst, "troubles": [asdict(t) for t in chaos.troubles]}
+    (args.out / "report.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (args.out / "table.md").write_text(table(chaos.troubles) + "\n")
+    CONSOLE.print(table(chaos.troubles), soft_wrap=True)
+    CONSOLE.print(f"step {steps} reached; largest difference from the undisturbed run: {worst:g}, allowed {allowed:g}")
+    if worst > allowed:
+        raise SystemExit("LOST: the weights are not those of the undisturbed run")
 
 
 if __name__ == "__main__":

@@ -256,7 +256,13 @@ class _Run:
 
 
 def _set_aside(run_dir: Path, steps: Sequence[int], number: int) -> None:
-    """Rename the checkpoints that the run went back over: it will save these steps again."""
+    """Rename the checkpoints that the run went back over: it will save these steps again.
+
+    Those of an earlier rollback make room: what a run leaves does not grow with its rollbacks.
+    """
+    parent = checkpoint.step_folder(run_dir, 0).parent
+    for old in parent.glob("*.rolled_back-*"):
+        shutil.rmtree(old, ignore_errors=True)
     for step in steps:
         folder = checkpoint.step_folder(run_dir, step)
         folder.rename(folder.with_name(f"{folder.name}.rolled_back-{number}"))
