@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,13 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from checkpoints_conversion import hub
+from checkpoints_conversion.probe import BOUNDS, difference, folder_logits
 from esolm_megatron.checkpoint import Checkpoint, complete_steps, newest, step_folder
 from esolm_megatron.config import ModelConfig
-from esolm_megatron.model.attention import PackedAttention, PackedLayout
-from esolm_megatron.model.pretrained import load_model, parameter_shapes, save_model
-
-Progress = Callable[[str, int, int], None]
-"""(tensor, its number from 1, number of tensors)."""
+from esolm_megatron.model.pretrained import Progress, parameter_shapes, save_model
 
 KIND_OF = {"last": "weight", "ema": "ema"}
-PROBE_BOUNDS = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Largest difference of a probe logit, times the largest logit where that is above 1. A wrong tensor moves logits by about
-their own size; rounding to bf16 by one or two hundredths of it."""
 
 _RUN_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -59,7 +54,8 @@ def export_run(
     """Write the inference folder `out` from a run (its newest whole step, or `step`) or from one step's folder.
 
     weights: "ema", the moving average, or "last". Tensors are read and written one at a time. The run's `tokenizer` folder
-    is copied where there is one. The result is loaded in fp32 and answers the checkpoint's probe; see `probe_difference`.
+    is copied where there is one. The result answers the checkpoint's probe in fp32, block by block; see `probe_difference`.
+    A process that is killed is continued by the next call.
 
     Raises:
         ExportError: there is nothing to export, or the probe fails; `out` is then not made.
@@ -91,15 +87,21 @@ def export_run(
         reports.append(ExportReport(Path(out), checkpoint.step, weights, len(shapes), difference, tolerance))
 
     tokenizer = checkpoint.folder.parent.parent / "tokenizer"
+    alpha_0, facts = checkpoint.config_tree["objective"]["alpha_0"], _facts(checkpoint, weights)
+    folder = tokenizer if tokenizer.is_dir() else None
     save_model(
         out,
         config,
-        checkpoint.config_tree["objective"]["alpha_0"],
-        _tensors(checkpoint, kind, list(shapes), progress),
+        alpha_0,
+        _reader(checkpoint, kind),
         dtype=dtype,
-        facts=_facts(checkpoint, weights),
-        tokenizer_folder=tokenizer if tokenizer.is_dir() else None,
+        facts=facts,
+        tokenizer_folder=folder,
+        extra=hub.files(config, alpha_0, facts, folder),
+        extra_config=hub.config_fields(config),
+        source=checkpoint.manifest["files"],
         check=check,
+        progress=progress,
     )
     return reports[0]
 
@@ -134,22 +136,27 @@ def _model_config(checkpoint: Checkpoint) -> ModelConfig:
 
 def _facts(checkpoint: Checkpoint, weights: str) -> dict[str, Any]:
     """The manifest's `numbers`, such as the validation loss, and where the weights come from."""
-    manifest = checkpoint.manifest
-    facts = {"step": checkpoint.step, "weights": weights, "run": checkpoint.config_tree.get("name")}
+    manifest, tree = checkpoint.manifest, checkpoint.config_tree
+    batch, top = tree.get("train", {}).get("global_batch_size"), manifest.get("topology")
+    facts = {"step": checkpoint.step, "weights": weights, "run": tree.get("name")}
+    facts["tokens"] = checkpoint.step * batch * tree["model"]["seq_length"] if batch and checkpoint.step else None
+    facts["data_fingerprint"] = manifest.get("data_fingerprint")
+    if top is not None:
+        sizes = {name: top.get(f"{name}_size", 1) for name in ("tensor", "pipeline", "context")}
+        facts["layout"] = ", ".join([f"{top.get('world_size')} processes", *(f"{k} {n}" for k, n in sizes.items())])
     facts |= manifest.get("numbers", {}) | {"trained_with": manifest.get("versions")}
-    return {name: value for name, value in facts.items() if value is not None}
+    return {name: value for name, value in facts.items() if value is not None and name != "guard"}
 
 
-def _tensors(
-    checkpoint: Checkpoint, kind: str, names: list[str], progress: Progress | None
-) -> Iterator[tuple[str, Tensor]]:
-    for number, name in enumerate(names, 1):
-        yield name, checkpoint.read(kind, name)
-        if progress is not None:
-            progress(name, number, len(names))
+def _reader(checkpoint: Checkpoint, kind: str) -> Callable[[str], Tensor]:
+    def read(name: str) -> Tensor:
+        tensor = checkpoint.read(kind, name)
+        checkpoint.close_files()
+        return tensor
+
+    return read
 
 
-@torch.no_grad()
 def probe_difference(checkpoint: Checkpoint, folder: Path, weights: str, dtype: torch.dtype) -> tuple[float, float]:
     """(largest difference of a logit, bound) between the model in `folder`, run in fp32, and the training model.
 
@@ -167,15 +174,9 @@ def probe_difference(checkpoint: Checkpoint, folder: Path, weights: str, dtype: 
             raise ExportError(
                 f"{checkpoint.folder}: its probe has no {name}, so the export cannot be checked; save another step"
             )
-    theirs = probe[wanted].double()
-    attend = PackedAttention(PackedLayout(seq_length=len(probe["tokens"]), num_plain=1))
-    mine = load_model(folder, torch.float32)(probe["tokens"], probe["positions"], attend).double()
-    if mine.shape != theirs.shape:
-        raise ExportError(
-            f"{checkpoint.folder}: probe {wanted} has shape {tuple(theirs.shape)}, the model gives {tuple(mine.shape)}"
-        )
-    seen = ~(torch.isneginf(mine) & torch.isneginf(theirs))
-    mine, theirs = mine[seen], theirs[seen]
     run_dtype = _RUN_DTYPE.get(checkpoint.config_tree.get("train", {}).get("precision", ""), torch.bfloat16)
-    bound = max(PROBE_BOUNDS[run_dtype], PROBE_BOUNDS[dtype])
-    return (mine - theirs).abs().max().item(), bound * max(1.0, theirs.abs().max().item())
+    bound = max(BOUNDS[run_dtype], BOUNDS[dtype])
+    try:
+        return difference(folder_logits(folder, probe["tokens"], probe["positions"]), probe[wanted], bound)
+    except ValueError as error:
+        raise ExportError(f"{checkpoint.folder}: probe {wanted}: {error}") from error

@@ -307,6 +307,10 @@ class Checkpoint:
         except (OSError, SafetensorError) as error:
             raise DamagedCheckpoint(f"{path}: {box.key} cannot be read: {error}") from error
 
+    def close_files(self) -> None:
+        """Forget the files opened so far: what was read of them counts as this process's memory while they are open."""
+        self._files.clear()
+
     def probe(self) -> dict[str, Tensor]:
         """The probe's tensors; empty where none was saved."""
         if PROBE not in self.manifest["files"]:

@@ -39,6 +39,8 @@ class ModelConfig(Section):
     """Query heads."""
     num_kv_heads: int | None = Field(None, ge=1)
     """Key and value heads (GQA); null means one for each query head."""
+    head_size: int | None = Field(None, ge=2)
+    """Width of one head; null means hidden_size / num_heads."""
     ffn_hidden_size: int | None = Field(None, ge=1)
     """Inner width of the MLP; null means 4 x hidden_size, or 8/3 x rounded up to 64 with swiglu."""
     vocab_size: int | None = Field(None, ge=2)
@@ -53,6 +55,8 @@ class ModelConfig(Section):
     """gelu is the tanh approximation; swiglu has a gate."""
     mlp_bias: bool = True
     """Biases in the two MLP matrices."""
+    qkv_bias: bool = False
+    """A bias on queries, keys and values."""
     output_bias: bool = True
     """A bias on the output head."""
     tied_embeddings: bool = False
@@ -69,7 +73,7 @@ class ModelConfig(Section):
     @property
     def head_dim(self) -> int:
         """Width of one head."""
-        return self.hidden_size // self.num_heads
+        return self.head_size or self.hidden_size // self.num_heads
 
     @property
     def kv_heads(self) -> int:
@@ -254,10 +258,11 @@ class Config(Section):
 
 def _model_problems(c: Any) -> Iterator[str]:
     m = c.model
-    if m.hidden_size % m.num_heads:
+    if m.head_size is None and m.hidden_size % m.num_heads:
         yield f"model.num_heads = {m.num_heads}: must divide model.hidden_size = {m.hidden_size}"
     elif m.head_dim % 2:
-        yield f"model.num_heads = {m.num_heads}: makes heads {m.head_dim} wide, but RoPE needs an even width"
+        name = "num_heads" if m.head_size is None else "head_size"
+        yield f"model.{name} = {getattr(m, name)}: makes heads {m.head_dim} wide, but RoPE needs an even width"
     if m.num_heads % m.kv_heads:
         yield f"model.num_kv_heads = {m.kv_heads}: must divide model.num_heads = {m.num_heads}"
     if m.tied_embeddings and m.output_bias:

@@ -1,4 +1,4 @@
-"""Safetensors files written tensor by tensor, hashed on the way, and on the disk when the call returns."""
+"""Safetensors files written tensor by tensor, hashed on the way, and on the disk when the call returns; and read likewise."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 _PIECE_BYTES = 8 << 20  # small enough for the hash to find in cache what was just written
@@ -28,6 +29,9 @@ _CODES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+
+INDEX_SUFFIX = ".safetensors.index.json"
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -126,3 +130,66 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+class TensorFolderError(ValueError):
+    """Safetensors files that are missing, not whole, or hold no floating numbers."""
+
+
+class TensorFolder:
+    """The tensors of STEM.safetensors, or of the files that STEM.safetensors.index.json lists, read one at a time.
+
+    shapes: name -> shape; dtypes: name -> dtype, of all tensors. A file is open only while a tensor is read: the pages of
+    an open one would count as this process's memory.
+
+    Raises:
+        TensorFolderError: a file is missing, cut short or no safetensors file, or a tensor is of no floating type.
+    """
+
+    def __init__(self, folder: str | Path, stem: str = "model"):
+        self.folder = Path(folder)
+        index = self.folder / f"{stem}{INDEX_SUFFIX}"
+        wanted: dict[str, str] | None = None
+        if index.is_file():
+            try:
+                wanted = json.loads(index.read_bytes())["weight_map"]
+                self.files = [self.folder / Path(name).name for name in sorted(set(wanted.values()))]
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise TensorFolderError(f"{index}: cannot be read as an index of tensors: {error!r}") from error
+        else:
+            self.files = [self.folder / f"{stem}.safetensors"]
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self._where: dict[str, Path] = {}
+        for path in self.files:
+            self._list(path)
+        for name in wanted or ():
+            if name not in self._where:
+                raise TensorFolderError(f"{index}: names tensor {name}, which no file holds; copy the files again")
+
+    def _list(self, path: Path) -> None:
+        if not path.is_file():
+            raise TensorFolderError(f"{path}: missing; copy it from where the other files came from")
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118 - no mapping
+                    part = file.get_slice(name)
+                    if part.get_dtype() not in _FLOATS:
+                        raise TensorFolderError(
+                            f"{path}: tensor {name} is {part.get_dtype()}; weights must be one of {', '.join(_FLOATS)}"
+                        )
+                    if name in self._where:
+                        raise TensorFolderError(f"{path}: tensor {name} is in {self._where[name].name} too")
+                    self._where[name], self.shapes[name] = path, tuple(part.get_shape())
+                    self.dtypes[name] = next(dtype for dtype, code in _CODES.items() if code == part.get_dtype())
+        except (OSError, SafetensorError) as error:
+            raise TensorFolderError(f"{path}: is no whole safetensors file: {error}; copy or convert it again") from error
+
+    def read(self, name: str) -> Tensor:
+        """A tensor in its stored dtype, on the CPU."""
+        path = self._where[name]
+        try:
+            with safe_open(path, "pt") as file:
+                return file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise TensorFolderError(f"{path}: {name} cannot be read: {error}; copy or convert it again") from error

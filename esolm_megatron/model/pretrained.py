@@ -1,32 +1,47 @@
 """The inference folder: one model's weights, shape and tokenizer, written whole or not at all.
 
-model.safetensors holds every parameter under its name in the network; config.json, flat, the fields of ModelConfig, alpha_0
-and facts about the training; beside them lie the tokenizer's files.
+model.safetensors, or several such files with an index, holds every parameter under its name in the network; config.json,
+flat, the fields of ModelConfig, alpha_0 and facts about the training; hashes.json the size and sha256 of each file. Beside
+them lie the tokenizer's files, and what other tools want (checkpoints_conversion/hub.py).
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from esolm_megatron.config import ModelConfig
 from esolm_megatron.model.layers import PlainLinears
 from esolm_megatron.model.transformer import EsoLM
-from esolm_megatron.tensorfile import Entry, sync_folder, write_json, write_tensors
+from esolm_megatron.tensorfile import (
+    INDEX_SUFFIX,
+    Entry,
+    FileFacts,
+    TensorFolder,
+    TensorFolderError,
+    sha256_of,
+    sync_folder,
+    write_json,
+    write_tensors,
+)
+
+Progress = Callable[[str, int, int], None]
+"""(tensor, its number from 1, number of tensors)."""
 
 MODEL_TYPE, FORMAT_VERSION = "esolm", 1
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, CONFIG, HASHES = "model.safetensors", "config.json", "hashes.json"
+SHARD_BYTES = 5_000_000_000
 TOKENIZER_FILES = (
     "tokenizer.json",
     "vocab.json",
@@ -66,53 +81,155 @@ def save_model(
     folder: str | Path,
     config: ModelConfig,
     alpha_0: float,
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Iterable[tuple[str, Tensor]] | Callable[[str], Tensor],
     *,
     dtype: torch.dtype | Mapping[str, torch.dtype] = torch.float32,
     facts: Mapping[str, Any] | None = None,
     tokenizer_folder: str | Path | None = None,
+    extra: Mapping[str, str] | None = None,
+    extra_config: Mapping[str, Any] | None = None,
+    source: Any = None,
+    shard_bytes: int = SHARD_BYTES,
     check: Callable[[Path], None] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Write an inference folder; it appears under its name when whole, or not at all.
 
-    tensors: (name, whole tensor) of each parameter. In the order of `parameter_shapes` only one is in memory at a time.
-    dtype: stored type, or one for each name. tokenizer_folder: its tokenizer files are copied.
-    check: called with the finished folder before it gets its name; what it raises leaves nothing behind.
+    tensors: every parameter as (name, whole tensor), or a function of the name, which is called for one at a time.
+    dtype: stored type, or one for each name. tokenizer_folder: its tokenizer files are copied. extra: file name -> text of
+    more files; a tokenizer's own files win over them. extra_config: more fields for config.json. shard_bytes: size of a
+    weight file. check: called with the finished folder before it gets its name; what it raises leaves nothing behind.
+    source: JSON that tells where the tensors come from. With it, a process that is killed leaves `.NAME.partial`, and the
+    next call that writes the same thing goes on after its last whole weight file.
 
     Raises:
-        PretrainedError: the folder exists and is not empty, or the tensors are not exactly the network's.
+        PretrainedError: the folder exists and is not empty, another process writes it, or the tensors are not exactly the
+            network's.
     """
     out = Path(folder)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise PretrainedError(f"{out}: exists and is not empty; give a new folder, or remove it first")
-    tokenizer = _tokenizer_files(tokenizer_folder)
-    dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(parameter_shapes(config), dtype)
-    entries = [Entry(name, dtypes[name], shape) for name, shape in parameter_shapes(config).items()]
+    tokenizer, shapes = _tokenizer_files(tokenizer_folder), parameter_shapes(config)
+    read = tensors if callable(tensors) else _by_name(tensors, shapes)
+    dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(shapes, dtype)
+    entries = [Entry(name, dtypes[name], shape) for name, shape in shapes.items()]
     entries.sort(key=lambda entry: -entry.dtype.itemsize)
-    partial = out.with_name(f".{out.name}.tmp-{uuid.uuid4().hex[:8]}")
+    tree = {
+        "model_type": MODEL_TYPE,
+        "format_version": FORMAT_VERSION,
+        **config.model_dump(mode="json"),
+        "alpha_0": alpha_0,
+        "torch_dtype": str(entries[0].dtype).removeprefix("torch."),
+        **dict(extra_config or {}),
+        "facts": dict(facts or {}),
+    }
+    shards = _shards(entries, shard_bytes)
     try:
-        partial.mkdir(parents=True)
-        write_tensors(partial / WEIGHTS, entries, _in_order(entries, tensors))
-        tree = {
-            "model_type": MODEL_TYPE,
-            "format_version": FORMAT_VERSION,
-            **config.model_dump(mode="json"),
-            "alpha_0": alpha_0,
-            "torch_dtype": str(entries[0].dtype).removeprefix("torch."),
-            "facts": dict(facts or {}),
-        }
-        write_json(partial / CONFIG, tree)
-        for path in tokenizer:
-            shutil.copyfile(path, partial / path.name)
-        sync_folder(partial)
-        if check is not None:
-            check(partial)
-        os.rename(partial, out)
-        sync_folder(out.parent)
+        with _partial(out, None if source is None else [tree, [[vars(e) for e in s] for s in shards], source]) as partial:
+            for name, text in (extra or {}).items():
+                (partial / name).write_text(text, encoding="utf-8")
+            for path in tokenizer:
+                shutil.copyfile(path, partial / path.name)
+            write_json(partial / CONFIG, tree)
+            written = _write_shards(partial, shards, read, progress)
+            others = [path for path in sorted(partial.iterdir()) if path.name not in written and path.name[0] != "."]
+            files = written | {path.name: FileFacts(path.stat().st_size, sha256_of(path)) for path in others}
+            write_json(partial / HASHES, {name: vars(found) for name, found in sorted(files.items())})
+            sync_folder(partial)
+            if check is not None:
+                check(partial)
+            for path in partial.glob(".*"):
+                path.unlink()
+            os.rename(partial, out)
+            sync_folder(out.parent)
     except OSError as error:
         raise PretrainedError(f"{out}: cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _partial(out: Path, plan: Any) -> Iterator[Path]:
+    """The hidden folder that becomes `out`: what an earlier process left is kept where its plan was this one.
+
+    An exception removes it; a kill, or Ctrl-C, does not.
+    """
+    partial, text = out.with_name(f".{out.name}.partial"), json.dumps(plan, sort_keys=True, default=str)
+    partial.mkdir(parents=True, exist_ok=True)
+    with (partial / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise PretrainedError(f"{out}: another process is writing it; wait for that one, or stop it") from error
+        try:
+            kept = partial / ".plan"
+            if plan is None or not kept.is_file() or kept.read_text() != text:
+                for path in partial.iterdir():
+                    if path.name != ".lock":
+                        path.unlink()
+                kept.write_text(text)
+            yield partial
+        except Exception:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def _by_name(tensors: Iterable[tuple[str, Tensor]], shapes: Mapping[str, tuple[int, ...]]) -> Callable[[str], Tensor]:
+    listed = list(tensors)
+    held = dict(listed)
+    for name, _ in listed:
+        if name not in shapes or len(held) < len(listed):
+            raise PretrainedError(f"tensor {name} is not in the network, or came twice; remove it")
+
+    def read(name: str) -> Tensor:
+        if name not in held:
+            raise PretrainedError(f"tensor {name} is missing; the network needs it in shape {shapes[name]}")
+        return held[name].detach()
+
+    return read
+
+
+def _shards(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
+    """The entries, in their order, in files of at most `limit` bytes; a larger tensor has a file of its own."""
+    out: list[list[Entry]] = [[]]
+    for entry in entries:
+        if out[-1] and sum(e.bytes for e in out[-1]) + entry.bytes > limit:
+            out.append([])
+        out[-1].append(entry)
+    return out
+
+
+def _write_shards(
+    folder: Path, shards: Sequence[Sequence[Entry]], read: Callable[[str], Tensor], progress: Progress | None
+) -> dict[str, FileFacts]:
+    """The weight files, and an index where there are several; those that are there and whole are kept."""
+    total, done, files, places = sum(map(len, shards)), 0, dict[str, FileFacts](), dict[str, str]()
+    for number, entries in enumerate(shards, 1):
+        name = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        path, note = folder / name, folder / f".{name}.json"
+        places |= dict.fromkeys((entry.name for entry in entries), name)
+        if note.is_file() and path.is_file() and json.loads(note.read_bytes())["sha256"] == sha256_of(path):
+            files[name] = FileFacts(**json.loads(note.read_bytes()))
+        else:
+            files[name] = write_tensors(path, entries, _checked(entries, read, progress, done, total))
+            write_json(note, vars(files[name]))
+        done += len(entries)
+    if len(shards) > 1:
+        size = sum(entry.bytes for entries in shards for entry in entries)
+        write_json(folder / f"model{INDEX_SUFFIX}", {"metadata": {"total_size": size}, "weight_map": places})
+    return files
+
+
+def _checked(
+    entries: Sequence[Entry], read: Callable[[str], Tensor], progress: Progress | None, done: int, total: int
+) -> Iterator[Tensor]:
+    for number, entry in enumerate(entries, done + 1):
+        tensor = read(entry.name)
+        _check_shape(entry.name, tuple(tensor.shape), {entry.name: entry.shape})
+        narrow = tensor.to(entry.dtype)
+        del tensor  # before the caller copies what it writes
+        yield narrow
+        del narrow
+        if progress is not None:
+            progress(entry.name, number, total)
 
 
 def _tokenizer_files(folder: str | Path | None) -> list[Path]:
@@ -124,29 +241,34 @@ def _tokenizer_files(folder: str | Path | None) -> list[Path]:
     return found
 
 
-def _in_order(entries: list[Entry], tensors: Iterable[tuple[str, Tensor]]) -> Iterator[Tensor]:
-    """The tensors in the order and dtypes of `entries`; those that come early wait in memory."""
-    source, waiting = iter(tensors), dict[str, Tensor]()
-    wanted = {entry.name: entry for entry in entries}
-    for entry in entries:
-        while entry.name not in waiting:
-            name, tensor = next(source, ("", None))
-            if tensor is None:
-                raise PretrainedError(f"tensor {entry.name} is missing; the network needs it in shape {entry.shape}")
-            _check_tensor(name, tuple(tensor.shape), {n: e.shape for n, e in wanted.items()})
-            waiting[name] = tensor
-        yield waiting.pop(entry.name).to(entry.dtype)
-        del wanted[entry.name]
-    extra = next(source, None)
-    if extra is not None:
-        raise PretrainedError(f"tensor {extra[0]} is not in the network, or came twice; remove it")
-
-
-def _check_tensor(name: str, shape: tuple[int, ...], expected: Mapping[str, tuple[int, ...]]) -> None:
+def _check_shape(name: str, shape: tuple[int, ...], expected: Mapping[str, tuple[int, ...]]) -> None:
     if name not in expected:
         raise PretrainedError(f"tensor {name} is not in the network, or came twice; remove it")
     if shape != expected[name]:
         raise PretrainedError(f"tensor {name} has shape {shape}, the network needs {expected[name]}")
+
+
+def check_hashes(folder: str | Path) -> list[str]:
+    """The files of an inference folder, once each has the size and the sha256 that it was written with.
+
+    Raises:
+        PretrainedError: one is missing or has changed, or the folder lists none.
+    """
+    folder = Path(folder)
+    path = folder / HASHES
+    if not path.is_file():
+        raise PretrainedError(_what_is_it(folder, HASHES))
+    try:
+        listed = {str(name): FileFacts(**facts) for name, facts in json.loads(path.read_bytes()).items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise PretrainedError(f"{path}: cannot be read as a list of files: {error}") from error
+    for name, facts in listed.items():
+        file = folder / Path(name).name
+        if not file.is_file():
+            raise PretrainedError(f"{file}: missing; copy the folder again")
+        if file.stat().st_size != facts.bytes or sha256_of(file) != facts.sha256:
+            raise PretrainedError(f"{file}: is not what was written (size or sha256 differs); copy the folder again")
+    return list(listed)
 
 
 def read_config(folder: str | Path) -> PretrainedInfo:
@@ -178,7 +300,7 @@ def read_config(folder: str | Path) -> PretrainedInfo:
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise PretrainedError(f"{path}: {problems}") from error
-    alpha_0, dtype = tree.get("alpha_0"), tree.get("torch_dtype")
+    alpha_0, dtype = tree.get("alpha_0"), tree.get("torch_dtype", tree.get("dtype"))  # transformers writes the second
     if not isinstance(alpha_0, int | float) or not 0 <= alpha_0 <= 1:
         raise PretrainedError(f"{path}: alpha_0 = {alpha_0!r}: must be a number between 0 and 1")
     if dtype not in _FLOATS:
@@ -201,36 +323,46 @@ def _what_is_it(folder: Path, missing: str) -> str:
     return f"{folder}: has no {missing}; give a folder made by `esolm convert`"
 
 
+def open_tensors(folder: str | Path) -> tuple[PretrainedInfo, TensorFolder]:
+    """What config.json says, and the tensors, whose names and shapes are exactly those of the network it describes.
+
+    Raises:
+        PretrainedError: the folder is not whole, or its tensors are others.
+    """
+    folder = Path(folder)
+    if folder.suffix in _PICKLES:
+        raise PretrainedError(_what_is_it(folder.parent, WEIGHTS) if folder.is_file() else f"{folder}: no such folder")
+    info = read_config(folder)
+    if not (folder / WEIGHTS).is_file() and not (folder / f"model{INDEX_SUFFIX}").is_file():
+        raise PretrainedError(_what_is_it(folder, WEIGHTS))
+    try:
+        found = TensorFolder(folder)
+    except TensorFolderError as error:
+        raise PretrainedError(str(error)) from error
+    expected = parameter_shapes(info.model)
+    try:
+        for name, shape in found.shapes.items():
+            _check_shape(name, shape, expected)
+        for name, shape in expected.items():
+            if name not in found.shapes:
+                raise PretrainedError(f"tensor {name} is missing; the network needs it in shape {shape}")
+    except PretrainedError as error:
+        raise PretrainedError(f"{found.files[0]}: {error}") from None
+    return info, found
+
+
 def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> EsoLM:
     """The network of an inference folder on one device, in evaluation mode.
 
     Raises:
         PretrainedError: the folder is not whole, or its tensors are not exactly those of the network it describes.
     """
-    folder = Path(folder)
-    if folder.suffix in _PICKLES:
-        raise PretrainedError(_what_is_it(folder.parent, WEIGHTS) if folder.is_file() else f"{folder}: no such folder")
-    info = read_config(folder)
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise PretrainedError(_what_is_it(folder, WEIGHTS))
-    expected = parameter_shapes(info.model)
+    info, tensors = open_tensors(folder)
+    model = EsoLM(info.model, PlainLinears(dtype, device))
     try:
-        with safe_open(path, "pt") as file:
-            names = list(file.keys())
-            for name in names:
-                _check_tensor(name, tuple(file.get_slice(name).get_shape()), expected)
-            missing = [name for name in expected if name not in set(names)]
-            if missing:
-                raise PretrainedError(
-                    f"tensor {missing[0]} is missing; the network needs it in shape {expected[missing[0]]}"
-                )
-            model = EsoLM(info.model, PlainLinears(dtype, device))
-            with torch.no_grad():
-                for name, parameter in model.named_parameters():
-                    parameter.copy_(file.get_tensor(name))
-    except PretrainedError as error:
-        raise PretrainedError(f"{path}: {error}") from None
-    except (OSError, SafetensorError) as error:
-        raise PretrainedError(f"{path}: is no whole safetensors file: {error}; copy or convert it again") from error
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(tensors.read(name))
+    except TensorFolderError as error:
+        raise PretrainedError(str(error)) from error
     return model.eval()

@@ -19,7 +19,7 @@ def layer_parameters(model: ModelConfig, tensor_size: int = 1) -> int:
     """Parameters of one block that a tensor rank holds.
 
     H (N + 2G) D for queries, keys and values, N D H for the output, f H F for the MLP, all cut over the ranks, and the
-    bias of the MLP's first matrix with them. Its second bias (H), two norms (H, or 2H with layernorm) and the norms of
+    biases of queries, keys and values and of the MLP's first matrix with them. Its second bias (H), two norms (H, or 2H with layernorm) and the norms of
     queries and keys (D each) are whole on every rank.
     """
     h, f = model.hidden_size, model.ffn_size
@@ -27,6 +27,8 @@ def layer_parameters(model: ModelConfig, tensor_size: int = 1) -> int:
     gated = 2 if model.activation == "swiglu" else 1
     cut = h * (width + 2 * model.kv_heads * model.head_dim) + width * h + (gated + 1) * h * f
     whole = 2 * _norm_parameters(model)
+    if model.qkv_bias:
+        cut += width + 2 * model.kv_heads * model.head_dim
     if model.mlp_bias:
         cut, whole = cut + gated * f, whole + h
     if model.qk_norm:

@@ -34,7 +34,8 @@ class Attention(nn.Module):
         self.kv_heads = config.kv_heads // linears.tensor_size
         self.queries = config.num_heads // config.kv_heads
         width = config.head_dim
-        self.qkv = linears.column(config.hidden_size, (config.num_heads + 2 * config.kv_heads) * width, bias=False)
+        rows = (config.num_heads + 2 * config.kv_heads) * width
+        self.qkv = linears.column(config.hidden_size, rows, bias=config.qkv_bias)
         self.out = linears.row(config.num_heads * width, config.hidden_size, bias=False)
         self.q_norm = self.k_norm = None
         if config.qk_norm:

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from checkpoints_conversion.export import PROBE_BOUNDS, ExportError, export_run
+from checkpoints_conversion.export import ExportError, export_run
+from checkpoints_conversion.probe import BOUNDS
 from esolm_megatron import checkpoint
 from esolm_megatron.checkpoint import CheckpointError, Piece
 from esolm_megatron.config import check
@@ -13,6 +14,7 @@ from esolm_megatron.model.attention import PackedAttention, PackedLayout
 from esolm_megatron.model.layers import PlainLinears
 from esolm_megatron.model.pretrained import (
     PretrainedError,
+    check_hashes,
     load_model,
     parameter_shapes,
     read_config,
@@ -107,9 +109,15 @@ def test_export_is_the_trained_model(tmp_path, model, weights, kind):
     info = read_config(tmp_path / "out")
     assert info.model == run_config(**model).model
     assert (info.alpha_0, info.dtype) == (0.25, torch.float32)
-    assert info.facts == {"step": 3, "weights": weights, "run": "run", "validation_nelbo": 1.5}
-    names = ["config.json", "model.safetensors", "tokenizer.json"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    tokens = 3 * 2 * 17
+    assert info.facts == {"step": 3, "weights": weights, "run": "run", "tokens": tokens, "validation_nelbo": 1.5}
+    data = {"config.json", "generation_config.json", "hashes.json", "model.safetensors", "README.md"}
+    data |= {"tokenizer.json", "tokenizer_config.json"}
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    assert data | {"configuration_esolm.py", "modeling_esolm.py"} <= found
+    assert {name for name in found - data if not name.endswith(".py")} == set()
+    assert sorted(check_hashes(tmp_path / "out")) == sorted(found - {"hashes.json"})
+    assert "| tokens seen in training | 102 |" in (tmp_path / "out" / "README.md").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
 
 
@@ -137,14 +145,14 @@ def test_which_step_is_exported(tmp_path):
 def test_narrow_exports_pass_their_looser_bound(tmp_path, dtype):
     make_run(tmp_path / "run")
     report = export_run(tmp_path / "run", tmp_path / "out", dtype=dtype)
-    assert PROBE_BOUNDS[torch.float32] < report.max_difference <= report.tolerance
+    assert BOUNDS[torch.float32] < report.max_difference <= report.tolerance
     assert read_config(tmp_path / "out").dtype == dtype
 
 
 def test_a_bf16_run_passes_though_its_probe_is_rounded(tmp_path):
     make_run(tmp_path / "run", precision="bf16")
     report = export_run(tmp_path / "run", tmp_path / "out")
-    assert PROBE_BOUNDS[torch.float32] < report.max_difference <= report.tolerance
+    assert BOUNDS[torch.float32] < report.max_difference <= report.tolerance
 
 
 def swap(first, second):

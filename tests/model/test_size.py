@@ -19,6 +19,7 @@ SHAPES = [
     {"activation": "swiglu", "num_kv_heads": 5, "qk_norm": True, "ffn_hidden_size": 35},
     {"num_kv_heads": 1, "tied_embeddings": True, "output_bias": False, "ffn_hidden_size": 37},
     {"norm": "rmsnorm", "mlp_bias": False, "qk_norm": True, "tied_embeddings": True, "output_bias": False},
+    {"qkv_bias": True, "head_size": 14, "num_kv_heads": 5},
 ]
 
 
