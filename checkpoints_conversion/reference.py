@@ -7,21 +7,23 @@ them into norms, the attention output and the second MLP matrix changes logits b
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from checkpoints_conversion import hub
+from checkpoints_conversion.probe import BOUNDS, difference, folder_logits, probe_row
 from checkpoints_conversion.torch_zip import TorchZip, TorchZipError, child
 from esolm_megatron.config import ModelConfig
-from esolm_megatron.model.attention import PackedAttention, PackedLayout
-from esolm_megatron.model.pretrained import load_model, save_model
+from esolm_megatron.model.attention import causal_attention
+from esolm_megatron.model.pretrained import Progress, open_tensors, save_model
+from esolm_megatron.model.rotary import rotary_tables, rotate
+from esolm_megatron.tensorfile import INDEX_SUFFIX, TensorFolder, TensorFolderError
 
 PREFIX = "backbone."
 BUFFERS = ("rotary_emb.inv_freq",)
@@ -52,6 +54,7 @@ class Imported:
     """An inference folder made from a reference checkpoint.
 
     alpha_0_known: False where neither the checkpoint nor the caller told it, and 1 (0 for AR checkpoints) was written.
+    max_difference: the largest one between a logit of the folder and of the reference's network, which keeps its adaLN.
     """
 
     folder: Path
@@ -60,6 +63,8 @@ class Imported:
     alpha_0_known: bool
     weights: str
     step: int | None
+    max_difference: float
+    tolerance: float
 
 
 def import_reference(
@@ -72,17 +77,18 @@ def import_reference(
     use_ema: bool = True,
     dtype: torch.dtype | None = None,
     tokenizer_folder: str | Path | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Imported:
     """Write the inference folder `out` from a reference `.ckpt`, or from a folder with model.safetensors and config.json.
 
     num_heads, length, alpha_0: needed where the checkpoint does not tell them; they win over what it tells. use_ema: take
     the moving average where there is one. dtype: stored type; None stores each tensor in the source's own type where that
     is exact, and the folded ones in fp64, so that nothing is rounded. A `.ckpt` is read without executing its pickles.
-    The folder is loaded again and compared with what was folded before it gets its name.
+    Before the folder gets its name, it must give back what was folded, and the logits of the reference's own network.
 
     Raises:
-        ForeignCheckpoint: it is damaged, not the reference's, or of a kind whose attention is not causal over an order.
+        ForeignCheckpoint: it is damaged, not the reference's, of a kind whose attention is not causal over an order, or
+            fails its probe.
         PretrainedError: `out` exists.
     """
     path = Path(source)
@@ -106,19 +112,34 @@ def import_reference(
         "weights": read.weights,
         "step": read.step,
         "alpha_0_assumed": told is None or None,
+        "read_out": None if _has_adaln(read.state) else "next token",
     }
+    facts = {name: value for name, value in facts.items() if value is not None}
     model = model_config(read.state, heads, seq_length)
+    found: list[tuple[float, float]] = []
+
+    def check(folder: Path) -> None:
+        found.append(_proof(folder, read.state, folded, dtypes, heads))
+        if not found[0][0] <= found[0][1]:
+            raise ForeignCheckpoint(
+                f"{path}: the imported network does not answer as the reference's does: largest difference "
+                f"{found[0][0]:.3g}, allowed {found[0][1]:.3g}; nothing was written to {out}"
+            )
+
     save_model(
         out,
         model,
         alpha,
-        _reported(folded, progress),
+        folded.__getitem__,
         dtype=dtypes,
-        facts={name: value for name, value in facts.items() if value is not None},
+        facts=facts,
         tokenizer_folder=tokenizer_folder,
-        check=lambda folder: _check_reload(folder, folded, dtypes),
+        extra=hub.files(model, alpha, facts, tokenizer_folder),
+        extra_config=hub.config_fields(model),
+        check=check,
+        progress=progress,
     )
-    return Imported(Path(out), model, alpha, told is not None, read.weights, read.step)
+    return Imported(Path(out), model, alpha, told is not None, read.weights, read.step, *found[0])
 
 
 def _needed(given: int | None, found: int | None, name: str, path: Path) -> int:
@@ -130,38 +151,64 @@ def _needed(given: int | None, found: int | None, name: str, path: Path) -> int:
     return value
 
 
-def _reported(
-    folded: Mapping[str, Tensor], progress: Callable[[str, int, int], None] | None
-) -> Iterator[tuple[str, Tensor]]:
-    for number, (name, tensor) in enumerate(folded.items(), 1):
-        yield name, tensor
-        if progress is not None:
-            progress(name, number, len(folded))
-
-
 def _exact_dtype(tensor: Tensor, narrow: torch.dtype) -> torch.dtype:
     """`narrow` where it holds the fp64 tensor exactly, else fp64."""
     return narrow if torch.equal(tensor.to(narrow).double(), tensor) else torch.float64
 
 
 @torch.no_grad()
-def _check_reload(folder: Path, folded: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> None:
-    """Raise unless the folder gives back every tensor bit by bit and the network in it answers."""
-    model = load_model(folder, torch.float64)
-    for name, parameter in model.named_parameters():
-        if not torch.equal(parameter, folded[name].to(dtypes[name]).double()):
+def _proof(
+    folder: Path,
+    state: Mapping[str, Tensor],
+    folded: Mapping[str, Tensor],
+    dtypes: Mapping[str, torch.dtype],
+    num_heads: int,
+) -> tuple[float, float]:
+    """(largest difference of a logit, bound); raises unless the folder gives back every tensor bit by bit."""
+    info, tensors = open_tensors(folder)
+    for name, tensor in folded.items():
+        if not torch.equal(tensors.read(name), tensor.to(dtypes[name])):
             raise ForeignCheckpoint(f"{name}: the folder does not give back what was written")
-    size = min(model.shape.seq_length, 8)
-    tokens = torch.arange(size) % model.shape.vocab
-    logits = model(tokens, torch.arange(size), PackedAttention(PackedLayout(size, 1)))
-    if not logits[:, : model.shape.mask_id].isfinite().all():
-        raise ForeignCheckpoint("the imported network gives logits that are not finite")
+    tokens, positions = probe_row(info.model)
+    mine = folder_logits(folder, tokens, positions, torch.float64)[:, : info.model.mask_id]
+    theirs = reference_logits(state, num_heads, tokens, positions)[:, : info.model.mask_id]
+    return difference(mine, theirs, max(BOUNDS[dtype] for dtype in dtypes.values()))
+
+
+def reference_logits(state: Mapping[str, Tensor], num_heads: int, tokens: Tensor, positions: Tensor) -> Tensor:
+    """Logits (L, V) of one causal row, in fp64, from the reference's network as it is, adaLN and all."""
+    wide = {name: tensor.double() for name, tensor in state.items()}
+    condition = adaln_constants(wide) if _has_adaln(state) else None
+    x = wide["vocab_embed.embedding"][tokens]
+    width = x.shape[-1]
+    rope = rotary_tables(positions, width // num_heads, 10000.0, x.dtype)
+
+    def normed(name: str, shift: Tensor, scale: Tensor) -> Tensor:
+        return F.layer_norm(x, (width,)) * wide[f"{name}.weight"] * (1 + scale) + shift
+
+    for layer in range(num_layers(state)):
+        block = f"blocks.{layer}."
+        like = wide[f"{block}norm1.weight"]
+        shift1, scale1, gate1, shift2, scale2, gate2 = _modulation(
+            wide, f"{block}adaLN_modulation", condition, 6, like
+        )
+        qkv = normed(f"{block}norm1", shift1, scale1) @ wide[f"{block}attn_qkv.weight"].t()
+        q, k, v = qkv.view(len(tokens), 3, num_heads, -1).unbind(1)
+        rows = [y.transpose(0, 1)[None] for y in (rotate(q, rope), rotate(k, rope), v)]
+        mixed = causal_attention(*rows)[0].transpose(0, 1).reshape(len(tokens), width)
+        x = x + gate1 * (mixed @ wide[f"{block}attn_out.weight"].t())
+        inner = normed(f"{block}norm2", shift2, scale2) @ wide[f"{block}mlp.0.weight"].t() + wide[f"{block}mlp.0.bias"]
+        inner = F.gelu(inner, approximate="tanh") @ wide[f"{block}mlp.2.weight"].t() + wide[f"{block}mlp.2.bias"]
+        x = x + gate2 * inner
+    like = wide["output_layer.norm_final.weight"]
+    y = normed("output_layer.norm_final", *_modulation(wide, "output_layer.adaLN_modulation", condition, 2, like))
+    return y @ wide["output_layer.linear.weight"].t() + wide["output_layer.linear.bias"]
 
 
 def _read_folder(folder: Path) -> Source:
     """What a folder with model.safetensors and config.json holds."""
     weights, config = folder / "model.safetensors", folder / "config.json"
-    if not weights.is_file():
+    if not weights.is_file() and not weights.with_name(f"model{INDEX_SUFFIX}").is_file():
         raise ForeignCheckpoint(f"{folder}: has no model.safetensors; give such a folder, or a .ckpt file")
     if not config.is_file():
         raise ForeignCheckpoint(f"{config}: missing; write one that gives at least n_heads and length")
@@ -170,9 +217,10 @@ def _read_folder(folder: Path) -> Source:
     except (ValueError, OSError) as error:
         raise ForeignCheckpoint(f"{config}: cannot be read as JSON: {error}") from error
     try:
-        state = load_file(weights)
-    except (SafetensorError, OSError) as error:
-        raise ForeignCheckpoint(f"{weights}: is no whole safetensors file: {error}; copy it again") from error
+        tensors = TensorFolder(folder)
+        state = {name: tensors.read(name).clone() for name in tensors.shapes}
+    except TensorFolderError as error:
+        raise ForeignCheckpoint(str(error)) from error
     return Source(_without_prefix(state, weights), "last", **_told(tree))
 
 
@@ -257,7 +305,8 @@ def _check_algorithm(algo: Mapping[str, Any], alpha_0: float, path: Path) -> Non
     name = algo.get("name", "esolm")
     if name not in ("esolm", "ar"):
         raise ForeignCheckpoint(
-            f"{path}: algo.name = {name}: only esolm and ar attend causally; this one cannot be imported"
+            f"{path}: algo.name = {name}: only esolm and ar attend causally; this one's attention sees both ways and cannot "
+            "be imported"
         )
     if algo.get("time_conditioning"):
         raise ForeignCheckpoint(f"{path}: time_conditioning = true: its adaLN is no constant and cannot be folded")

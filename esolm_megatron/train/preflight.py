@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
 import yaml
+from pydantic import ValidationError
 
 from esolm_megatron.config import Config, ConfigError, with_values, world_problems
 from esolm_megatron.data.stream import TokenStream
@@ -46,6 +51,8 @@ def refuse_other_run(config: Config) -> None:
     if not file.exists():
         return
     old, new = yaml.safe_load(file.read_text()), config.model_dump(mode="json")
+    with suppress(ValidationError):
+        old = Config.model_validate(old).model_dump(mode="json")  # fields newer than the file get their defaults
     changed = []
     for section, value in new.items():
         free = _FREE_TO_CHANGE.get(section, set())
@@ -63,6 +70,18 @@ def refuse_other_run(config: Config) -> None:
     if changed:
         raise ConfigError(
             f"{config.run_dir} holds a run with other settings; choose another name, or restore these:\n"
+            + "\n".join(changed)
+        )
+
+
+def refuse_other_model(config: Config, model: Mapping[str, Any]) -> None:
+    """Raise ConfigError if `config` trains another network than the one whose weights the run starts from."""
+    mine = config.model.model_dump(mode="json")
+    free = {"dropout", "init_std", "seq_length"}
+    changed = [f"model.{k} = {mine.get(k)!r}: the weights need {v!r}" for k, v in model.items() if k not in free and mine.get(k) != v]
+    if changed:
+        raise ConfigError(
+            f"{config.run_dir} starts from converted weights of another network; name its model.yaml as base, or set:\n"
             + "\n".join(changed)
         )
 

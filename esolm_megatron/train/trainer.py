@@ -361,7 +361,7 @@ def resume(config: Config, engine: Engine, fingerprint: str) -> int:
     """Load the newest whole checkpoint, if there is one; returns the steps already done.
 
     Raises:
-        ConfigError: the checkpoint was trained on other data.
+        ConfigError: the checkpoint was trained on other data, or the run starts from weights of another network.
     """
     step, error = -1, None
     if engine.is_first_rank:  # one rank verifies, and tells the others which checkpoint is whole
@@ -376,8 +376,10 @@ def resume(config: Config, engine: Engine, fingerprint: str) -> int:
     if step < 0:
         return 0
     found = checkpoint.Checkpoint.open(checkpoint.step_folder(config.run_dir, step))
+    if "converted_from" in found.manifest:
+        preflight.refuse_other_model(config, found.config_tree["model"])
     was = found.manifest["data_fingerprint"]
-    if was != fingerprint:
+    if was is not None and was != fingerprint:  # none: its weights were converted
         raise ConfigError(
             f"data.path = {config.data.path}: is not what step {found.step} was trained on (fingerprint {was[:12]}, now "
             f"{fingerprint[:12]}); restore the data, or start a run with another name"
