@@ -157,7 +157,9 @@ def _open(folder: Path, length: int | None, vocab_size: int | None) -> _Source:
     rows = model.vocab - 1
     kept = rows if vocab_size is None else vocab_size - 1
     if not 1 <= kept <= rows:
-        raise ForeignModel(f"vocab_size = {vocab_size}: {folder} has {rows} ids, {rows + 1} with the mask; keep at most these")
+        raise ForeignModel(
+            f"vocab_size = {vocab_size}: {folder} has {rows} ids, {rows + 1} with the mask; keep at most these"
+        )
     source = _Source(tree, tensors, model.model_copy(update={"vocab_size": kept + 1}), kept)
     _check_names(source, rows, config)
     return source
@@ -221,7 +223,9 @@ def _check_names(source: _Source, rows: int, config: Path) -> None:
     wanted, found = dict(_names(source, rows)), source.tensors.shapes
     for name, shape in wanted.items():
         if found.get(name) != shape:
-            raise ForeignModel(f"{source.tensors.folder}: {name} is {found.get(name, 'missing')}, {config} needs {shape}")
+            raise ForeignModel(
+                f"{source.tensors.folder}: {name} is {found.get(name, 'missing')}, {config} needs {shape}"
+            )
     for name in found:
         spare = name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and source.model.tied_embeddings)
         if name not in wanted and not spare:

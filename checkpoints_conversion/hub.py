@@ -24,7 +24,7 @@ _IMPORT = re.compile(rf"^from ({PACKAGE}[\w.]*) import (.+)$", re.MULTILINE)
 
 
 def config_fields(config: ModelConfig) -> dict[str, Any]:
-    """What config.json says for `transformers`, and numbers that follow from the shape, so that the copied code need not know how."""
+    """What config.json says for `transformers`, and what follows from the shape: the copied code need not know how."""
     return {
         "architectures": [MODEL_CLASS.partition(".")[2]],
         "auto_map": {"AutoConfig": CONFIG_CLASS, "AutoModel": MODEL_CLASS, "AutoModelForMaskedLM": MODEL_CLASS},
@@ -52,7 +52,12 @@ def files(
         if tokens and max(tokens.values()) + 1 == config.mask_id:  # only then does a new token get the mask's id
             names["mask_token"] = MASK_TEXT
         out["tokenizer_config.json"] = _json(names)
-    generation = {"mask_token_id": config.mask_id, "eos_token_id": eos, "max_length": config.seq_length, "alpha_0": alpha_0}
+    generation = {
+        "mask_token_id": config.mask_id,
+        "eos_token_id": eos,
+        "max_length": config.seq_length,
+        "alpha_0": alpha_0,
+    }
     out["generation_config.json"] = _json({name: value for name, value in generation.items() if value is not None})
     out["README.md"] = card(config, alpha_0, facts)
     return out
@@ -80,7 +85,8 @@ def code() -> dict[str, str]:
         if name in out:
             continue
         spec = importlib.util.find_spec(module)
-        assert spec is not None and spec.origin is not None
+        assert spec is not None
+        assert spec.origin is not None
         text = Path(spec.origin).read_text(encoding="utf-8")
         waiting += [found for found, _ in _IMPORT.findall(text) if found != f"{PACKAGE}.config"]
         text = _IMPORT.sub(_relative, text)

@@ -189,9 +189,7 @@ def reference_logits(state: Mapping[str, Tensor], num_heads: int, tokens: Tensor
     for layer in range(num_layers(state)):
         block = f"blocks.{layer}."
         like = wide[f"{block}norm1.weight"]
-        shift1, scale1, gate1, shift2, scale2, gate2 = _modulation(
-            wide, f"{block}adaLN_modulation", condition, 6, like
-        )
+        shift1, scale1, gate1, shift2, scale2, gate2 = _modulation(wide, f"{block}adaLN_modulation", condition, 6, like)
         qkv = normed(f"{block}norm1", shift1, scale1) @ wide[f"{block}attn_qkv.weight"].t()
         q, k, v = qkv.view(len(tokens), 3, num_heads, -1).unbind(1)
         rows = [y.transpose(0, 1)[None] for y in (rotate(q, rope), rotate(k, rope), v)]

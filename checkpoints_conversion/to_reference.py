@@ -1,8 +1,7 @@
-"""Export to the reference implementation's names: its network with every adaLN modulation a constant, the identity but for biases."""
+"""Export to the reference implementation's names: its network with adaLN as constants, the identity but for biases."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from dataclasses import dataclass

@@ -48,10 +48,12 @@ def parser() -> argparse.ArgumentParser:
     made = verb("eval", model.run_eval, "perplexity bounds of a converted model")
     made.add_argument("path", metavar="MODEL", help="folder made by esolm convert")
     fields(made, ", ".join(model.EvalOptions.model_fields))
-    made = verb("convert", model.run_convert, "a training run, or a reference checkpoint, to the inference format")
-    made.add_argument("path", metavar="RUN", help="run folder, or what --from says")
-    made.add_argument("out", metavar="OUT", help="folder to write")
-    made.add_argument("--from", dest="source", choices=["run", "reference"], default="run")
+    made = verb("convert", model.run_convert, "between training runs, the inference format and foreign checkpoints")
+    made.add_argument("path", metavar="SOURCE", help="run folder, or what --from says; a model with --to or --check")
+    made.add_argument("out", metavar="OUT", nargs="?", help="folder to write")
+    made.add_argument("--from", dest="source", choices=["run", "reference", "transformers"], help="what SOURCE is")
+    made.add_argument("--to", choices=["model", "training", "reference"], default="model", help="what to make of it")
+    made.add_argument("--check", action="store_true", help="compare a model's files with their hashes")
     fields(made, ", ".join(model.ConvertOptions.model_fields))
     made = verb("sample", model.run_sample, "text from a converted model")
     made.add_argument("path", metavar="MODEL", help="folder made by esolm convert")
@@ -71,7 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status: 0 done, 2 bad input, 1 anything else that was foreseen; train: see Ending."""
     grammar = parser()
     args, rest = grammar.parse_known_args(argv)
-    for word in rest:  # field=value words that come after a flag
+    for word in rest:  # words that come after a flag
+        if args.verb == "convert" and args.out is None and not word.startswith("-") and "=" not in word:
+            args.out = word
+            continue
         if word.startswith("-") or "=" not in word or args.verb == "doctor":
             grammar.error(f"unrecognised: {word}")
         args.overrides = [*args.overrides, word]

@@ -183,7 +183,9 @@ class TensorFolder:
                     self._where[name], self.shapes[name] = path, tuple(part.get_shape())
                     self.dtypes[name] = next(dtype for dtype, code in _CODES.items() if code == part.get_dtype())
         except (OSError, SafetensorError) as error:
-            raise TensorFolderError(f"{path}: is no whole safetensors file: {error}; copy or convert it again") from error
+            raise TensorFolderError(
+                f"{path}: is no whole safetensors file: {error}; copy or convert it again"
+            ) from error
 
     def read(self, name: str) -> Tensor:
         """A tensor in its stored dtype, on the CPU."""

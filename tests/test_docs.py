@@ -37,6 +37,9 @@ NOT_RUN = {
     "esolm convert reference.ckpt imported --from reference num_heads=12 length=1024": (
         "needs a checkpoint of the reference; tests/conversion makes and imports one"
     ),
+    "esolm convert llama runs/from_llama --from transformers length=1024": (
+        "needs a checkpoint of another project; tests/conversion makes and imports such"
+    ),
     "torchrun --nproc-per-node 8 -m esolm_megatron train configs/paper/124m_alpha1.yaml data.path=runs/data/mine/tokens "
     "model.vocab_size=null": GPUS,
     'srun --nodes 8 --ntasks-per-node 1 torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint '

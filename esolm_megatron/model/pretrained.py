@@ -125,7 +125,9 @@ def save_model(
     }
     shards = _shards(entries, shard_bytes)
     try:
-        with _partial(out, None if source is None else [tree, [[vars(e) for e in s] for s in shards], source]) as partial:
+        with _partial(
+            out, None if source is None else [tree, [[vars(e) for e in s] for s in shards], source]
+        ) as partial:
             for name, text in (extra or {}).items():
                 (partial / name).write_text(text, encoding="utf-8")
             for path in tokenizer:

@@ -18,9 +18,9 @@ BACKWARD = 2
 def layer_parameters(model: ModelConfig, tensor_size: int = 1) -> int:
     """Parameters of one block that a tensor rank holds.
 
-    H (N + 2G) D for queries, keys and values, N D H for the output, f H F for the MLP, all cut over the ranks, and the
-    biases of queries, keys and values and of the MLP's first matrix with them. Its second bias (H), two norms (H, or 2H with layernorm) and the norms of
-    queries and keys (D each) are whole on every rank.
+    H (N + 2G) D for queries, keys and values, N D H for the output, f H F for the MLP, all cut over the ranks, and with
+    them the biases of queries, keys and values and of the MLP's first matrix. Its second bias (H), two norms (H, or 2H with
+    layernorm) and the norms of queries and keys (D each) are whole on every rank.
     """
     h, f = model.hidden_size, model.ffn_size
     width = model.num_heads * model.head_dim

@@ -78,7 +78,11 @@ def refuse_other_model(config: Config, model: Mapping[str, Any]) -> None:
     """Raise ConfigError if `config` trains another network than the one whose weights the run starts from."""
     mine = config.model.model_dump(mode="json")
     free = {"dropout", "init_std", "seq_length"}
-    changed = [f"model.{k} = {mine.get(k)!r}: the weights need {v!r}" for k, v in model.items() if k not in free and mine.get(k) != v]
+    changed = [
+        f"model.{k} = {mine.get(k)!r}: the weights need {v!r}"
+        for k, v in model.items()
+        if k not in free and mine.get(k) != v
+    ]
     if changed:
         raise ConfigError(
             f"{config.run_dir} starts from converted weights of another network; name its model.yaml as base, or set:\n"

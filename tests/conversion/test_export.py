@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from checkpoints_conversion.export import ExportError, export_run
 from checkpoints_conversion.probe import BOUNDS
@@ -319,6 +320,38 @@ def test_other_tools_may_add_fields_to_the_config(folder):
     rewrite(folder, architectures=["EsoLM"], transformers_version="9")
     assert read_config(folder) == before
     assert before.facts == {"step": 1}
+
+
+def test_broken_weight_files_are_named(tmp_path, folder):
+    config = run_config().model
+    tensors = dict(random_model(config, 0).named_parameters())
+    save_model(tmp_path / "s", config, 0.5, tensors.items(), shard_bytes=9000)
+    whole = sorted((tmp_path / "s").glob("model-*.safetensors"))
+    assert len(whole) > 2
+    assert all(torch.equal(t, tensors[n]) for n, t in load_model(tmp_path / "s").named_parameters())
+    index = tmp_path / "s" / "model.safetensors.index.json"
+    tree, data = json.loads(index.read_text()), whole[1].read_bytes()
+    assert tree["metadata"]["total_size"] == sum(4 * t.numel() for t in tensors.values())
+    whole[1].write_bytes(data[:-9])
+    with pytest.raises(PretrainedError, match=f"{whole[1].name}: is no whole safetensors file"):
+        load_model(tmp_path / "s")
+    whole[1].unlink()
+    with pytest.raises(PretrainedError, match=f"{whole[1].name}: missing"):
+        load_model(tmp_path / "s")
+    with pytest.raises(PretrainedError, match=f"{whole[1].name}: missing"):
+        check_hashes(tmp_path / "s")
+    for content, words in (
+        ("{", "cannot be read as an index"),
+        ('{"weight_map": 3}', "cannot be read as an index"),
+        (json.dumps({"weight_map": {"nobody": whole[0].name}}), "names tensor nobody, which no file holds"),
+    ):
+        index.write_text(content)
+        with pytest.raises(PretrainedError, match=words):
+            load_model(tmp_path / "s")
+    integers = {n: t.detach().long() if n == "final_norm.bias" else t.detach() for n, t in tensors.items()}
+    save_file(integers, folder / "model.safetensors")
+    with pytest.raises(PretrainedError, match="tensor final_norm.bias is I64; weights must be one of F64, F32"):
+        load_model(folder)
 
 
 def test_folders_that_are_none_say_what_they_are(tmp_path, folder):
