@@ -13,7 +13,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from esolm_megatron.config import Config
-from esolm_megatron.model.attention import PackedAttention
 from esolm_megatron.model.size import layers_of_stages
 from esolm_megatron.model.transformer import Attend, EsoLM, initialise
 from esolm_megatron.objective.esolm import PackedBatch, mean_loss, part_sums
@@ -83,9 +82,11 @@ def run(
     parameters unless forward_only. through: called in a chunk's place where ZeRO gathers weights or cuts gradients.
     """
     layout = batches[0].layout
-    attend: Attend = PackedAttention(layout)
-    if ps.get_context_parallel_world_size() > 1:
-        attend = ContextAttention(attend, ps.get_context_parallel_group())
+
+    def attend(batch: PackedBatch) -> Attend:
+        if ps.get_context_parallel_world_size() == 1:
+            return batch.attend
+        return ContextAttention(batch.attend, ps.get_context_parallel_group())
 
     def forward_step(iterator: Iterator[PackedBatch], model: EsoLM) -> tuple[Tensor, Any]:
         batch = next(iterator)
@@ -93,7 +94,7 @@ def run(
         output = (through or model)(
             batch.tokens,
             batch.positions,
-            attend,
+            attend(batch),
             places=batch.places,
             targets=None if want_logits else batch.targets,
             dropout_ids=None if forward_only else batch.dropout_ids,
