@@ -153,8 +153,7 @@ class EsoLM(nn.Module):
         if places is not None:
             x = x.index_select(0, places)
         tied = self.embedding.weight if self.head.weight is None else None
-        logits = self.head(x, tied)
-        return logits if targets is None else self.linears.token_losses(logits, targets)
+        return self.head(x, tied, targets)
 
     def whole_names(self) -> dict[str, str]:
         """Local parameter name -> its name in the whole network; a tied head's copy is the embedding."""
