@@ -151,7 +151,7 @@ def _bound_parts(model: EsoLM, text: _Text, rows: slice, objective: ObjectiveCon
         documents=None if documents is None else documents[rows],
     )
     batch = noised.micro_batches[0].to(model.embedding.weight.device)
-    losses = model(batch.tokens, batch.positions, batch.attend, places=batch.places, targets=batch.targets)
+    losses = model(batch.tokens, batch.positions, batch.attend, targets=batch.targets, last=batch.last)
     present = (noised.num_valid > 0).nonzero()[:, 0].tolist()  # which parts there are, each one row a sequence
     sums = torch.zeros(len(present) * len(ids), dtype=torch.float64, device=losses.device)
     sums.index_add_(0, batch.sources, losses.double() * batch.weights)

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -100,6 +100,29 @@ class Part:
     causal: bool
     runs: Runs | None = None
 
+    def to(self, device: torch.device) -> Part:
+        """The same on a device."""
+        queries, keys = (x.to(device) if isinstance(x, Tensor) else x for x in (self.queries, self.keys))
+        return Part(queries, keys, self.causal, None if self.runs is None else self.runs.to(device))
+
+
+def mask_parts(
+    query: NDArray[np.int64], queries: NDArray[np.int64], key: NDArray[np.int64], keys: NDArray[np.int64]
+) -> tuple[Part, ...]:
+    """The calls for runs of masks that hold the last places of runs of clean tokens; a run may have no masks.
+
+    query, key: where each run of masks, and its clean tokens, start. queries, keys: how many there are of both.
+    """
+    first = keys - queries
+    past, recent = (queries > 0) & (first > 0), queries > 1
+    out = []
+    if past.any():
+        out.append(_ragged(query[past], queries[past], key[past], first[past], causal=False))
+    if recent.any():
+        rest = queries[recent] - 1
+        out.append(_ragged(query[recent] + 1, rest, (key + first)[recent], rest, causal=True))
+    return tuple(out)
+
 
 @dataclass(frozen=True)
 class DocumentRuns:
@@ -121,18 +144,11 @@ class DocumentRuns:
             return cls(whole, ())
         n = np.concatenate([x.ravel() for x in causal[len(causal) - len(masks) :]])
         m = np.concatenate([x.ravel() for x in masks])
-        key, query = np.cumsum(n) - n, np.cumsum(m) - m
-        past, recent = (m > 0) & (n > m), m > 1
-        calls = [(past, query, m, key, n - m, False), (recent, query + 1, m - 1, key + n - m, m - 1, True)]
-        return cls(whole, tuple(_ragged(*(x[which] for x in of), causal=c) for which, *of, c in calls if which.any()))
+        return cls(whole, mask_parts(np.cumsum(m) - m, m, np.cumsum(n) - n, n))
 
     def to(self, device: torch.device) -> DocumentRuns:
         """The same on a device."""
-        masks = tuple(
-            replace(p, queries=p.queries.to(device), keys=p.keys.to(device), runs=p.runs.to(device))  # type: ignore[union-attr]
-            for p in self.masks
-        )
-        return DocumentRuns(self.causal.to(device), masks)
+        return DocumentRuns(self.causal.to(device), tuple(part.to(device) for part in self.masks))
 
 
 def _ragged(
@@ -210,9 +226,16 @@ def mask_stream_attention(q: Tensor, k_self: Tensor, v_self: Tensor, k_clean: Te
     q (B, N, C, D): the last C places of the order. k_self, v_self (B, G, C, D). k_clean, v_clean (B, G, L, D), C <= L.
     Returns (B, N, C, D).
     """
+    return mask_stream_of_parts(q, k_self, v_self, k_clean, v_clean, parts=_parts(q.shape[2], k_clean.shape[2]))
+
+
+def mask_stream_of_parts(
+    q: Tensor, k_self: Tensor, v_self: Tensor, k_clean: Tensor, v_clean: Tensor, *, parts: tuple[Part, ...]
+) -> Tensor:
+    """The same where `parts` say which clean keys each mask sees besides its own."""
     k_self, v_self = _shared_heads(q, k_self, v_self)
     k_clean, v_clean = _shared_heads(q, k_clean, v_clean)
-    return _MaskStream.apply(q, k_self, v_self, k_clean, v_clean, _parts(q.shape[2], k_clean.shape[2]))
+    return _MaskStream.apply(q, k_self, v_self, k_clean, v_clean, parts)
 
 
 def _parts(capacity: int, length: int) -> tuple[Part, ...]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from esolm_megatron.config import ObjectiveConfig
 from esolm_megatron.model.attention import DocumentRuns, PackedAttention, PackedLayout
+from esolm_megatron.model.last import LastBlock
 from esolm_megatron.objective.noise import antithetic_times, elbo_weight, uniforms, words
 from esolm_megatron.objective.order import clean_random_then_left_to_right, clean_then_masked_random, random_order
 
@@ -84,6 +85,7 @@ class PackedBatch:
     tokens, positions: (T,) int64. places: (M,) int64, the tokens that carry loss; targets (M,) their true ids; weights
     (M,) fp64 what each counts; parts (M,) DIFFUSION or SEQUENTIAL; sources (M,) which of the micro-batch's rows it
     belongs to, plain rows first. dropout_ids: (T,) int32. documents: where they lie, if attention stays inside them.
+    last: what the last block computes.
     """
 
     layout: PackedLayout
@@ -95,13 +97,14 @@ class PackedBatch:
     parts: Tensor
     sources: Tensor
     dropout_ids: Tensor
+    last: LastBlock
     documents: DocumentRuns | None = None
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same on a device."""
         tensors = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
         documents = None if self.documents is None else self.documents.to(device)
-        return PackedBatch(layout=self.layout, documents=documents, **tensors)
+        return PackedBatch(layout=self.layout, last=self.last.to(device), documents=documents, **tensors)
 
     @property
     def attend(self) -> PackedAttention:
@@ -244,7 +247,8 @@ class _Pieces:
         self.ids: list[NDArray[np.int64]] = []
         self.loss: list[tuple[NDArray[np.int64], ...]] = []
         self.weights: list[NDArray[np.float64]] = []
-        self.sizes: tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]] = [], []  # of documents: causal rows, masks
+        self.sizes: tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]] = [], []  # of runs: causal rows, masks
+        self.by_document = False
 
     def add_stream(self, rows: OrderedRows, fed: NDArray[np.int64], first_place: int, stream: int) -> None:
         """Feed the places from `first_place` on of each row's order."""
@@ -253,8 +257,9 @@ class _Pieces:
         self.positions.append(order.ravel())
         self.ids.append(((rows.rows[:, None] * 3 + stream) * self.length + order).ravel())
         self.count += order.size
-        if rows.documents is not None:
-            self.sizes[stream == 2].append(rows.document_sizes(first_place))
+        self.by_document = rows.documents is not None
+        sizes = rows.document_sizes(first_place) if self.by_document else np.full((len(order), 1), order.shape[1])
+        self.sizes[stream == 2].append(sizes)
 
     def add_loss(self, rows: OrderedRows, first_place: int, part: int, first_row: int) -> None:
         """Say which of the places that the next `add_stream` feeds carry loss."""
@@ -282,7 +287,8 @@ class _Pieces:
             parts=parts,
             sources=sources,
             dropout_ids=torch.from_numpy(ids.astype(np.int32)),
-            documents=DocumentRuns.of(*self.sizes) if self.sizes[0] else None,
+            last=LastBlock.of(layout, np.sort(places.numpy()), *self.sizes),
+            documents=DocumentRuns.of(*self.sizes) if self.by_document else None,
         )
 
 

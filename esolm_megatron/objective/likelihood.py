@@ -49,7 +49,7 @@ def log_likelihood(
     ids, places, counted = (x.detach().cpu().numpy() for x in (tokens, order, weights.to(torch.float64)))
     owners = None if documents is None else documents.detach().cpu().numpy()
     batch = ordered_batch(ids, places, counted, model.shape.mask_id, owners).to(tokens.device)
-    losses = model(batch.tokens, batch.positions, batch.attend, places=batch.places, targets=batch.targets)
+    losses = model(batch.tokens, batch.positions, batch.attend, targets=batch.targets, last=batch.last)
     return -losses.new_zeros(len(tokens)).index_add(0, batch.sources, losses)
 
 

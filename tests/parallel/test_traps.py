@@ -56,11 +56,8 @@ def split_losses(config):
     bias, targets = torch.randn(60, generator=generator, dtype=torch.float64), torch.randint(0, 51, (11,))
     dist.broadcast(targets, 0)
     whole = [t.clone().requires_grad_() for t in (x, weight, bias)]
-    mine = [
-        x.clone().requires_grad_(),
-        *(t.chunk(linears.tensor_size)[rank].clone().requires_grad_() for t in whole[1:]),
-    ]
-    mine = [t.detach().requires_grad_() for t in mine]
+    shares = [x, *(t.chunk(linears.tensor_size)[rank] for t in (weight, bias))]
+    mine = [t.clone().requires_grad_() for t in shares]
     logits = F.linear(*whole).index_fill(1, torch.arange(51, 60), float("-inf"))
     expected, errors = F.cross_entropy(logits, targets, reduction="none"), []
     weights = torch.arange(11.0, dtype=torch.float64)
