@@ -179,16 +179,16 @@ class PackedAttention:
             return self._inside(self.documents, q, k, v)
         length, count = self.layout.seq_length, self.layout.num_causal_rows
         causal = count * length
-        rows = [x[:causal].view(count, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v)]
+        sizes = [causal, *(rows * capacity for rows, capacity in self.layout.groups)]
+        streams = list(zip(*(x.split(sizes) for x in (q, k, v)), strict=True))  # one concatenation in backward
+        rows = [x.view(count, length, *x.shape[1:]).transpose(1, 2) for x in streams[0]]
         parts = [causal_attention(*rows).transpose(1, 2).reshape(causal, *q.shape[1:])]
-        row, token = self.layout.num_plain, causal
-        for group_rows, capacity in self.layout.groups:
-            end = token + group_rows * capacity
-            masks = [x[token:end].view(group_rows, capacity, *x.shape[1:]).transpose(1, 2) for x in (q, k, v)]
-            clean = [x[row : row + group_rows] for x in rows[1:]]
-            out = mask_stream_attention(*masks, *clean)
-            parts.append(out.transpose(1, 2).reshape(end - token, *q.shape[1:]))
-            row, token = row + group_rows, end
+        row = self.layout.num_plain
+        for (group_rows, capacity), stream in zip(self.layout.groups, streams[1:], strict=True):
+            masks = [x.view(group_rows, capacity, *x.shape[1:]).transpose(1, 2) for x in stream]
+            out = mask_stream_attention(*masks, *(x[row : row + group_rows] for x in rows[1:]))
+            parts.append(out.transpose(1, 2).reshape(group_rows * capacity, *q.shape[1:]))
+            row += group_rows
         return torch.cat(parts)
 
     def _inside(self, documents: DocumentRuns, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
