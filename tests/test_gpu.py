@@ -40,7 +40,7 @@ def test_loss_and_gradients_are_those_of_the_cpu(alpha_0, dtype, tolerance, cros
     there = EsoLM(config.model, PlainLinears(dtype, "cuda"))
     there.load_state_dict(model.state_dict())
     batch = noised.micro_batches[0].to(torch.device("cuda"))
-    losses = there(batch.tokens, batch.positions, batch.attend, places=batch.places, targets=batch.targets)
+    losses = there(batch.tokens, batch.positions, batch.attend, targets=batch.targets, last=batch.last)
     assert losses.dtype == torch.float32
     own = (part_sums(losses, batch) / noised.num_valid.clamp(min=1).to(losses)).sum()
     own.backward()
