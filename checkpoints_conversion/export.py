@@ -97,6 +97,7 @@ def export_run(
         checkpoint.config_tree["objective"]["alpha_0"],
         _tensors(checkpoint, kind, list(shapes), progress),
         dtype=dtype,
+        cross_document=checkpoint.config_tree.get("data", {}).get("cross_document", True),
         facts=_facts(checkpoint, weights),
         tokenizer_folder=tokenizer if tokenizer.is_dir() else None,
         check=check,

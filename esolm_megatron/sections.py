@@ -57,3 +57,5 @@ class DataConfig(Section):
     """Sequences permuted together within a lane."""
     prefetch_batches: int = Field(4, ge=1)
     """Batches read ahead by a thread."""
+    cross_document: bool = True
+    """Attention crosses the boundaries of documents that share a row; false means that a token sees only its own."""

@@ -76,7 +76,8 @@ class Engine:
     def _run(self, batches: list[PackedBatch], outcome: pipeline.Outcome, **options: bool) -> list[Tensor]:
         """`pipeline.run` on this context rank's share of whole micro-batches."""
         rank, size = self.topology.context_rank, self.topology.context_size
-        shares = [own_share(batch, rank, size).to(self.device) for batch in batches]
+        multiple = self.topology.tensor_size  # of tokens, which sequence parallelism cuts
+        shares = [own_share(batch, rank, size, multiple).to(self.device) for batch in batches]
         through = self.deepspeed if self.config.parallel.zero_stage >= 2 else None
         return pipeline.run(self.chunks, shares, outcome, through=through, **options)  # type: ignore[arg-type]
 

@@ -54,7 +54,8 @@ def refuse_other_run(config: Config) -> None:
         if not isinstance(value, dict):
             changed.append(f"{section}: was {old.get(section)!r}, now {value!r}")
             continue
-        was = old.get(section, {})
+        fields = type(getattr(config, section)).model_fields  # a field that is new since then had its default
+        was = {name: field.default for name, field in fields.items()} | old.get(section, {})
         changed += [
             f"{section}.{key}: was {was.get(key)!r}, now {v!r}"
             for key, v in value.items()

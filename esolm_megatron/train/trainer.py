@@ -19,7 +19,7 @@ from esolm_megatron.checkpoint import Checkpoint, CheckpointError
 from esolm_megatron.config import Config, ConfigError, dump
 from esolm_megatron.data.stream import Batch, TokenStream, ValidationSet
 from esolm_megatron.model.size import flops_per_step, mask_capacity
-from esolm_megatron.objective.esolm import Noised, draw_step, draw_validation, mean_loss
+from esolm_megatron.objective.esolm import Noised, document_numbers, draw_step, draw_validation, mean_loss
 from esolm_megatron.parallel.engine import Engine, StepResult
 from esolm_megatron.parallel.replicas import verdict
 from esolm_megatron.train import preflight
@@ -298,6 +298,7 @@ def _noising(config: Config, engine: Engine) -> Callable[[Batch, int], Noised]:
             num_micro_batches=t.global_batch_size // (t.micro_batch_size * top.data_size),
             capacity=capacity,
             key=(config.seed, step),
+            documents=None if config.data.cross_document else document_numbers(batch.documents, batch.valid),
         )
 
     return noised
@@ -344,6 +345,7 @@ class Validation:
             self.config.objective,
             mask_id=self.config.model.mask_id,
             key=(self.config.seed, "validation"),
+            documents=None if self.config.data.cross_document else document_numbers(batch.documents, valid),
         )
 
 
