@@ -62,7 +62,7 @@ def _data_show(args: argparse.Namespace) -> int:
 
 
 def _data_train_tokenizer(args: argparse.Namespace) -> int:
-    from esolm_megatron.data.corpus import cut, find_files, read_documents
+    from esolm_megatron.data.inputs import cut, find_inputs, read_documents
     from esolm_megatron.data.tokenizer import train_tokenizer
 
     class TokenizerOptions(Section):
@@ -73,8 +73,8 @@ def _data_train_tokenizer(args: argparse.Namespace) -> int:
     chosen = options(TokenizerOptions, args.overrides)
     texts = (
         document[0]
-        for file in find_files([args.path])
-        for piece in cut(file, 1 << 26)
+        for file in find_inputs([args.path])
+        for piece in cut(file, 1 << 26, chosen.text_field)
         for document in read_documents(piece, chosen.text_field)
         if document is not None
     )

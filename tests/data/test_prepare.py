@@ -15,6 +15,7 @@ from small_corpora import folder_bytes, small_config, write_documents
 from esolm_megatron.config import ConfigError
 from esolm_megatron.data.prepare import PrepareConfig, load_prepare_config, prepare
 from esolm_megatron.data.shards import DataError, ShardReader
+from esolm_megatron.data.tasks import SCAN_DTYPE
 from esolm_megatron.data.tokenizer import load_tokenizer
 from esolm_megatron.data.verify import show, verify
 
@@ -188,7 +189,7 @@ def test_input_that_changes_meanwhile_is_an_error(tmp_path):
     prepare(config, progress=False)
     (tmp_path / "out" / "manifest.json").unlink()
     (tmp_path / "out" / "work").mkdir()
-    np.save(tmp_path / "out" / "work" / "scan-00000.npy", np.arange(31, dtype="<u8"))
+    np.save(tmp_path / "out" / "work" / "scan-00000.npy", np.zeros(31, SCAN_DTYPE))
     with pytest.raises(DataError, match=r"a\.jsonl: changed while they were prepared"):
         prepare(config, progress=False)
 
