@@ -1,6 +1,7 @@
 """Speed of `esolm data prepare` against the bare tokenizer libraries, on the same text, merges and cores, in one run.
 
-    python tools/benchmark_prepare.py [--text FOLDER ...] [--megabytes 128] [--tokenizer FOLDER] [--processes 1 2] [--rounds 3] [--json OUT]
+    python tools/benchmark_prepare.py [--text FOLDER ...] [--megabytes 128] [--tokenizer FOLDER] [--processes 1 2]
+                                      [--rounds 3] [--json OUT]
 
 The bare libraries get the documents as `str` that are already in memory, and keep nothing; `prepare` reads a jsonl file
 twice (exact duplicates), parses, shuffles, splits, packs, hashes and syncs its shards. Each is measured in fresh
@@ -54,13 +55,14 @@ def encode_bare(engine: str, tokenizer_folder: str, jsonl: str, share: tuple[int
     """Measure one process of a bare library on every n-th document; the parsing of the file is not counted."""
     from esolm_megatron.data import tokenizer as ours
 
-    texts = [json.loads(line)["text"] for line in open(jsonl, encoding="utf-8")][share[0] :: share[1]]
+    texts = [json.loads(line)["text"] for line in Path(jsonl).read_text(encoding="utf-8").split("\n") if line]
+    texts = texts[share[0] :: share[1]]
     barrier.wait()
     cpu, wall = time.process_time(), time.perf_counter()
     loaded = ours.load_tokenizer(tokenizer_folder)
     if engine == "tiktoken":
-        fast = ours._tiktoken_engine(loaded._definition, loaded._engine)
-        assert fast is not None, "this tokenizer is no plain byte-level BPE"
+        fast = ours._fast_engine(loaded._definition, loaded._engine)
+        assert hasattr(fast, "encode_ordinary"), "this tokenizer is no plain byte-level BPE"
         tokens = sum(len(fast.encode_ordinary(text)) for text in texts)
     else:
         tokens = 0
@@ -140,7 +142,9 @@ def main() -> int:
     paths = sysconfig.get_paths()
     grammar.add_argument("--text", nargs="+", default=[paths["stdlib"], paths["purelib"]], metavar="FOLDER")
     grammar.add_argument("--megabytes", type=float, default=128)
-    grammar.add_argument("--tokenizer", default=None, metavar="FOLDER", help="default: one learnt from 4 MB of the text")
+    grammar.add_argument(
+        "--tokenizer", default=None, metavar="FOLDER", help="default: one learnt from 4 MB of the text"
+    )
     grammar.add_argument("--processes", nargs="+", type=int, default=[1, 2])
     grammar.add_argument("--rounds", type=int, default=3)
     grammar.add_argument("--json", default=None, metavar="OUT")
@@ -152,7 +156,7 @@ def main() -> int:
         if args.tokenizer is None:
             from esolm_megatron.data.tokenizer import train_tokenizer
 
-            texts = (json.loads(line)["text"] for line in open(jsonl, encoding="utf-8"))
+            texts = (json.loads(line)["text"] for line in jsonl.read_text(encoding="utf-8").split("\n") if line)
             train_tokenizer((text for n, text in enumerate(texts) if n % max(1, size // 4_000_000) == 0), 32000, top)
             args.tokenizer = top
         rows = measure(jsonl, size, args)

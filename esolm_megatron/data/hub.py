@@ -95,7 +95,11 @@ def read(address: str, start: int, stop: int, text_field: str) -> Iterator[Any]:
         OSError: reading failed.
     """
     rows = _opened(address)
-    part = rows.select_columns([text_field]).select(range(start, stop)) if _saved(address) else rows.shard(rows.num_shards, start)
+    part = (
+        rows.select_columns([text_field]).select(range(start, stop))
+        if _saved(address)
+        else rows.shard(rows.num_shards, start)
+    )
     try:
         yield from (row.get(text_field) for row in part)
     except Exception as error:  # each builder has errors of its own

@@ -36,7 +36,9 @@ def draw(path: str | Path, title: str, token_counts: np.ndarray, document_length
     bins = np.unique(np.geomspace(1, longest + 1, 61).astype(np.int64))
     for split, lengths in document_lengths.items():
         if len(lengths):
-            right.hist(lengths, bins, histtype="step", label=f"{split}: {len(lengths):,}, median {np.median(lengths):,.0f}")
+            right.hist(
+                lengths, bins, histtype="step", label=f"{split}: {len(lengths):,}, median {np.median(lengths):,.0f}"
+            )
     right.set(xscale="log", yscale="log", xlabel="tokens in a document, end of text included", ylabel="documents")
     right.set_title("lengths of documents", fontsize=10)
     if right.get_legend_handles_labels()[0]:

@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -49,6 +49,7 @@ from esolm_megatron.data.shards import (
     DataError,
     Manifest,
     ShardReader,
+    SourceCounts,
     write_durably,
     write_manifest,
 )
@@ -168,7 +169,9 @@ def _begun(folder: Path) -> dict[str, Any]:
     path = folder / "prepare.json"
     if path.exists():
         return json.loads(path.read_text())
-    foreign = sorted(p.name for p in folder.iterdir() if p.name != "stdin" and not p.name.startswith("prepare.json.tmp."))
+    foreign = sorted(
+        p.name for p in folder.iterdir() if p.name != "stdin" and not p.name.startswith("prepare.json.tmp.")
+    )
     if foreign:
         raise ConfigError(f"output = {str(folder)!r}: holds other files, as {foreign[0]}; choose a new folder")
     return {}
@@ -275,7 +278,11 @@ def _run_tasks(config: PrepareConfig, folder: Path, tokenizer: Tokenizer, work: 
     processes = config.num_processes or len(os.sched_getaffinity(0))
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(
-        TextColumn("{task.description}"), *columns, console=Console(stderr=True), disable=not progress, speed_estimate_period=300
+        TextColumn("{task.description}"),
+        *columns,
+        console=Console(stderr=True),
+        disable=not progress,
+        speed_estimate_period=300,
     ) as bar:
         if config.deduplicate and todo:
             unscanned = [task for task in work if not tasks.scan_path(folder, task).exists()]
@@ -297,7 +304,7 @@ def _run(work: Callable[[Task, Advance], None], todo: list[Task], processes: int
     finished = 0
     if processes == 1 or len(todo) < 2:
         for task in todo:
-            work(task, lambda done, before=finished: shown(before + done))
+            work(task, partial(_add_and, shown, finished))
             finished += task.bytes
             shown(finished)
         return
@@ -324,6 +331,10 @@ def _run(work: Callable[[Task, Advance], None], todo: list[Task], processes: int
             held.close()
             raise
     held.close()
+
+
+def _add_and(shown: Callable[[int], None], before: int, done: int) -> None:
+    shown(before + done)
 
 
 _slot: Any = None
@@ -356,6 +367,14 @@ def _do(work: Callable[[Task, Advance], None], task: Task) -> None:
     advance(0)
 
 
+def _source_name(entry: str) -> str:
+    """An entry of `inputs` without the folders of this machine."""
+    if not entry.startswith(hub.SCHEME):
+        return Path(entry).name
+    name = hub.parse(entry)[0]
+    return hub.SCHEME + (Path(name).name if Path(name).exists() else name)
+
+
 def _finish(config: PrepareConfig, folder: Path, tokenizer: Tokenizer, work: list[Task]) -> None:
     """Put the records together: index, then manifest."""
     records = [json.loads(tasks.record_path(folder, task).read_text()) for task in work]
@@ -364,10 +383,9 @@ def _finish(config: PrepareConfig, folder: Path, tokenizer: Tokenizer, work: lis
         counts: Counter[str] = Counter(dict.fromkeys(("read", "kept", *REASONS, "text_bytes"), 0))
         for record in records:
             counts.update(record["counts"].get(str(entry), {}))
-        name = name if name.startswith((hub.SCHEME, STDIN)) else Path(name).name
-        sources.append({"name": name, "text_bytes": counts.pop("text_bytes"), "documents": dict(counts)})
-    total = sum((Counter(source["documents"]) for source in sources), Counter())
-    total = {name: total[name] for name in ("read", "kept", *REASONS)}
+        text_bytes = counts.pop("text_bytes")
+        sources.append(SourceCounts(name=_source_name(name), text_bytes=text_bytes, documents=dict(counts)))
+    total = {fate: sum(source.documents[fate] for source in sources) for fate in ("read", "kept", *REASONS)}
     if not total["kept"]:
         raise DataError(
             f"no document is left of {total['read']}: {_left_out(total)}; check inputs, text_field and the limits of length"
@@ -391,9 +409,9 @@ def _finish(config: PrepareConfig, folder: Path, tokenizer: Tokenizer, work: lis
         "seed": config.seed,
         "block_tokens": config.block_tokens,
         "validation_fraction": config.validation_fraction,
-        "text_bytes": sum(source["text_bytes"] for source in sources),
+        "text_bytes": sum(source.text_bytes for source in sources),
         "documents": total,
-        "sources": sources,
+        "sources": [source.model_dump() for source in sources],
         "splits": splits,
         "shards": shards,
     }

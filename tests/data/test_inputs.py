@@ -11,7 +11,7 @@ from pyarrow import parquet
 
 from esolm_megatron.config import ConfigError
 from esolm_megatron.data import hub
-from esolm_megatron.data.inputs import Meter, _split, check_input, cut, find_inputs, read_documents
+from esolm_megatron.data.inputs import Meter, _parse_line, _split, check_input, cut, find_inputs, read_documents
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 7, 64, 10_000])
@@ -28,7 +28,9 @@ def test_find_inputs(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("t")
     folder = str(tmp_path)
-    names = [Path(p).relative_to(tmp_path).as_posix() for p in find_inputs([f"{folder}/c.txt", folder, f"{folder}/*/z.*"])]
+    names = [
+        Path(p).relative_to(tmp_path).as_posix() for p in find_inputs([f"{folder}/c.txt", folder, f"{folder}/*/z.*"])
+    ]
     assert names == ["c.txt", "a/z.md", "b/x.py"]
     with pytest.raises(ConfigError) as error:
         find_inputs([f"{folder}/none/*.txt", f"{folder}/a/z.bin", folder])
@@ -181,3 +183,32 @@ def test_missing_package_is_named(name, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConfigError, match=r"needs the package (zstandard|pyarrow|datasets); pip install .*\[data\]"):
         check_input(name, "body")
+
+
+ODD = [
+    "\\ud800",
+    "NaN",
+    "1e999",
+    "\\ud83d\\ude80",
+    "\t",
+    "\xff",
+    "123456789012345678901234567890",
+    "\x01",
+    "\ufeff",
+    "]",
+    "1} x",
+]
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize(
+    "line", ['{"o": %s, "text": "t"}', '{"text": "a%sb"}', '%s{"text": "t", "text": "u"}', '{"o": "%s", "text": "t"}']
+)
+def test_lines_are_parsed_as_json_parses_them(odd, line):
+    for data in ((line % odd).encode("utf-8", "surrogatepass"), (line % odd).encode("latin-1", "replace")):
+        try:
+            text = json.loads(data)["text"]
+            expected = (text, text.encode())
+        except ValueError:
+            expected = None
+        assert _parse_line(data, "text") == expected

@@ -15,9 +15,9 @@ import pytest
 from small_corpora import folder_bytes, small_config, stored_documents, write_documents
 
 from esolm_megatron.config import ConfigError
+from esolm_megatron.data.inputs import cut
 from esolm_megatron.data.prepare import PrepareConfig, load_prepare_config, prepare
 from esolm_megatron.data.shards import DataError, ShardReader
-from esolm_megatron.data.inputs import cut
 from esolm_megatron.data.tasks import SCAN_DTYPE, Task, tokenize
 from esolm_megatron.data.tokenizer import load_tokenizer
 
@@ -143,7 +143,9 @@ def test_left_out_documents_are_counted(tmp_path):
 
 def test_counts_of_each_source_and_limits_in_bytes(tmp_path):
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "x.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ("éé", "abcd", "abc", "abcdef")))
+    (tmp_path / "a" / "x.jsonl").write_text(
+        "".join(json.dumps({"text": t}) + "\n" for t in ("éé", "abcd", "abc", "abcdef"))
+    )
     (tmp_path / "b.txt").write_text("abcd")
     (tmp_path / "c.md").write_text("other")
     inputs = (str(tmp_path / "a"), str(tmp_path / "b.txt"), str(tmp_path / "c.md"))
@@ -171,6 +173,7 @@ def test_a_dataset_through_all_of_prepare_and_standard_input_of_the_command_line
     config = small_config(tmp_path, tmp_path / "out", validation_fraction=0, task_bytes=500)
     summary = prepare(config.model_copy(update={"inputs": (f"hf://{tmp_path}/saved", "-")}), False, io.BytesIO(b"\n"))
     assert summary.tasks > 3
+    assert [source.name for source in summary.manifest.sources] == ["hf://saved", "-"]
     assert sorted(stored_documents(tmp_path / "out", "train")) == sorted(texts)
     (tmp_path / "p.yaml").write_text(f"inputs: ['-']\noutput: {tmp_path}/two\nvalidation_fraction: 0\n")
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
@@ -190,7 +193,14 @@ def test_progress_shows_speed_and_time_left(tmp_path, capfd):
 
 def test_progress_moves_within_a_task(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"{n} " + "x" * 5000}) + "\n" for n in range(2000)))
-    config = small_config(tmp_path / "a.jsonl", tmp_path / "out", deduplicate=False, task_bytes=1 << 30)
+    config = small_config(
+        tmp_path / "a.jsonl",
+        tmp_path / "out",
+        deduplicate=False,
+        task_bytes=1 << 30,
+        block_tokens=1 << 16,
+        shard_tokens=1 << 24,
+    )
     (tmp_path / "out" / "shards").mkdir(parents=True)
     (tmp_path / "out" / "work").mkdir()
     tokenizer, seen = load_tokenizer("bytes"), []

@@ -152,7 +152,9 @@ def test_a_full_disk_is_one_clear_error_and_nothing_finished_is_lost(tmp_path):
     try:
         write_documents(text, 541)
         (disk / "ballast").write_bytes(bytes(850_000))
-        with pytest.raises(DataError, match=r"out: cannot write: no space left on device \(0 MB are free\); make space"):
+        with pytest.raises(
+            DataError, match=r"out: cannot write: no space left on device \(0 MB are free\); make space"
+        ):
             prepare(small_config(text, disk / "out"), progress=False)
         finished = {path: path.read_bytes() for path in (disk / "out" / "work").glob("task-*.json")}
         assert finished
@@ -168,7 +170,6 @@ def test_a_full_disk_is_one_clear_error_and_nothing_finished_is_lost(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
 def test_memory_does_not_grow_with_the_input(tmp_path, start, suffix):
-
 
     peaks = []
     for megabytes in (4, 40):
@@ -234,7 +235,9 @@ def test_after_standard_input_is_read_a_killed_run_needs_it_no_more(tmp_path):
     try:
         with pytest.raises(DataError, match="cannot write: file too large"):  # shards larger than all of the text
             prepare(
-                stdin_config(folder, task_bytes=1 << 20, block_tokens=1 << 20, shard_tokens=1 << 20, validation_fraction=0),
+                stdin_config(
+                    folder, task_bytes=1 << 20, block_tokens=1 << 20, shard_tokens=1 << 20, validation_fraction=0
+                ),
                 progress=False,
                 stdin=io.BytesIO(data),
             )
@@ -247,7 +250,7 @@ def test_after_standard_input_is_read_a_killed_run_needs_it_no_more(tmp_path):
 
 
 def test_standard_input_as_one_document(tmp_path):
-    data = "one\ntwo\n".encode()
+    data = b"one\ntwo\n"
     config = stdin_config(tmp_path / "out", stdin_format="text", validation_fraction=0)
     prepare(config, progress=False, stdin=io.BytesIO(data))
     assert stored_documents(tmp_path / "out", "train") == ["one\ntwo\n"]

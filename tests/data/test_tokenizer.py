@@ -123,7 +123,9 @@ def test_errors_name_what_is_missing(trained, tmp_path):
         load_tokenizer(tmp_path / "nowhere")
     text = json.dumps(trained._definition).replace(EOS, "<eos>")
     (tmp_path / "tokenizer.json").write_text(text)
-    with pytest.raises(TokenizerError, match=r"no end-of-text token '<\|endoftext\|>'.*like one: <eos>; name one by end_of_text"):
+    with pytest.raises(
+        TokenizerError, match=r"no end-of-text token '<\|endoftext\|>'.*like one: <eos>; name one by end_of_text"
+    ):
         load_tokenizer(tmp_path)
     assert load_tokenizer(tmp_path, "<eos>").eos_id == trained.eos_id
     with pytest.raises(TokenizerError, match="'e' is an ordinary token, which a text may hold, and cannot end one"):
@@ -172,7 +174,9 @@ def test_folders_of_the_transformers_library(trained, tmp_path):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "def", "##s", "self", "x", "(", ")", ":"]
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "vocab.txt").write_text("\n".join(words) + "\n")
-    (tmp_path / "bert" / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "do_lower_case": true}')
+    (tmp_path / "bert" / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "BertTokenizer", "do_lower_case": true}'
+    )
     with pytest.raises(TokenizerError, match=r"no end-of-text token.*\[SEP\]"):
         load_tokenizer(tmp_path / "bert")
     bert = load_tokenizer(tmp_path / "bert", "[SEP]")
@@ -182,7 +186,9 @@ def test_folders_of_the_transformers_library(trained, tmp_path):
 
     from transformers import PreTrainedTokenizerFast
 
-    PreTrainedTokenizerFast(tokenizer_file=str(trained.save(tmp_path / "t")), eos_token=EOS).save_pretrained(tmp_path / "f")
+    PreTrainedTokenizerFast(tokenizer_file=str(trained.save(tmp_path / "t")), eos_token=EOS).save_pretrained(
+        tmp_path / "f"
+    )
     loaded = load_tokenizer(tmp_path / "f")
     assert [loaded.encode(text) for text in TEXTS] == [trained.encode(text) for text in TEXTS]
     (tmp_path / "bad").mkdir()
@@ -230,13 +236,15 @@ def test_hub_tokenizer_is_downloaded_and_a_hub_that_is_not_there_is_an_error(tra
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     code = "import sys; from esolm_megatron.data.tokenizer import load_tokenizer; print(load_tokenizer(sys.argv[1]).fingerprint)"
-    environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "home"),
+    }
 
     def said(name, **more):
         command = [sys.executable, "-c", code, name]
-        return subprocess.run(
-            command, env=environment | more, capture_output=True, text=True, timeout=120, check=False
-        )
+        return subprocess.run(command, env=environment | more, capture_output=True, text=True, timeout=120, check=False)
 
     try:
         first = said("hf://org/one?revision=main")
