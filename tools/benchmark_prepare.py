@@ -4,10 +4,10 @@
                                       [--rounds 3] [--json OUT]
 
 The bare libraries get the documents as `str` that are already in memory, and keep nothing; `prepare` reads a jsonl file
-twice (exact duplicates), parses, shuffles, splits, packs, hashes and syncs its shards. Each is measured in fresh
-processes, its start and the loading of its tokenizer included; rounds take turns, the best of each counts (of
-tokenizers, the first). The text is
-that of the Python sources below FOLDER: by default those of the running Python and of the packages installed in it.
+twice (exact duplicates), parses, shuffles, splits, packs, hashes and syncs its shards. Each runs in fresh processes, with
+the loading of its tokenizer counted; of `prepare`, not of the bare libraries, also the imports of all processes that it
+starts. Rounds take turns, the best of each counts (of tokenizers, the first). The text is that of the Python sources below
+FOLDER: by default those of the running Python and of the packages installed in it.
 Exit status 1: `prepare` reaches less than 90 % of bare tiktoken's bytes per CPU-second, or per second of wall time.
 """
 
