@@ -34,9 +34,12 @@ def _data_prepare(args: argparse.Namespace) -> int:
 def _data_verify(args: argparse.Namespace) -> int:
     from esolm_megatron.data.verify import verify
 
-    report = verify(args.path)
+    class VerifyOptions(Section):
+        plot: str | None = None
+
+    report = verify(args.path, **options(VerifyOptions, args.overrides).model_dump())
     show(
-        "\n".join([f"{args.path}: {'sound' if report.ok else 'DAMAGED'}", *report.problems]),
+        "\n".join([f"{args.path}: {'sound' if report.ok else 'DAMAGED'}", *report.problems, str(report)]),
         lambda: vars(report),
         args.json,
     )
@@ -51,18 +54,22 @@ def _data_show(args: argparse.Namespace) -> int:
         rows: int = 4
         seq_length: int = 256
 
-    texts = decoded(args.path, **options(ShowOptions, args.overrides).model_dump())
+    rows = decoded(args.path, **options(ShowOptions, args.overrides).model_dump())
     if args.json:
-        print(json.dumps(texts))
+        print(json.dumps([vars(row) for row in rows]))
         return 0
-    for i, text in enumerate(texts):
-        Console().rule(f"row {i}")
-        print(text)
+    console = Console()
+    for number, row in enumerate(rows):
+        console.rule(f"row {number}", characters="=")
+        for place, part in enumerate(row.parts):
+            if place or not row.continues:
+                console.rule("a document starts", align="left", style="dim")
+            print(part)
     return 0
 
 
 def _data_train_tokenizer(args: argparse.Namespace) -> int:
-    from esolm_megatron.data.corpus import cut, find_files, read_documents
+    from esolm_megatron.data.inputs import cut, find_inputs, read_documents
     from esolm_megatron.data.tokenizer import train_tokenizer
 
     class TokenizerOptions(Section):
@@ -73,8 +80,8 @@ def _data_train_tokenizer(args: argparse.Namespace) -> int:
     chosen = options(TokenizerOptions, args.overrides)
     texts = (
         document[0]
-        for file in find_files([args.path])
-        for piece in cut(file, 1 << 26)
+        for file in find_inputs([args.path])
+        for piece in cut(file, 1 << 26, chosen.text_field)
         for document in read_documents(piece, chosen.text_field)
         if document is not None
     )

@@ -78,6 +78,17 @@ class SplitCounts(Section):
     blocks: int
 
 
+class SourceCounts(Section):
+    """What came from one entry of `inputs`."""
+
+    name: str
+    """The entry; of a path, its last part."""
+    text_bytes: int
+    """UTF-8 bytes of its kept documents."""
+    documents: dict[str, int]
+    """Its documents read, kept, and left out, by reason."""
+
+
 class Manifest(Section):
     """What a folder of prepared tokens holds. It names no machine and no path."""
 
@@ -95,6 +106,8 @@ class Manifest(Section):
     """UTF-8 bytes of the kept documents."""
     documents: dict[str, int]
     """Documents read, kept, and left out, by reason."""
+    sources: tuple[SourceCounts, ...] = ()
+    """The same for each entry of `inputs`."""
     splits: dict[str, SplitCounts]
     blocks_sha256: str
     shards: tuple[ShardEntry, ...]
