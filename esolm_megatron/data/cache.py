@@ -256,7 +256,9 @@ class CachedFolder(Folder):
                     with self.cache.disk_full_named(size or count):
                         _write(file, chunk)
                 if size is not None and count != size:
-                    raise ShardCorrupt(f"{where}: cut or replaced at offset {min(count, size)}: the manifest says {size} bytes")
+                    raise ShardCorrupt(
+                        f"{where}: cut or replaced at offset {min(count, size)}: the manifest says {size} bytes"
+                    )
                 if digest.hexdigest() != sha256:
                     found = digest.hexdigest()
                     raise ShardCorrupt(f"{where}: has sha256 {found[:16]}..., the manifest says {sha256[:16]}...")

@@ -32,33 +32,40 @@ def summary(reader: ShardReader, split: str) -> dict[str, Any]:
 
 
 def changes(old: Mapping[str, Mapping[str, Any]], new: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What differs between two courses of sources, {name: summary}, one line each; empty where both give equal batches."""
+    """What differs between the sources, {name: summary}, of a run's past and present, one line each; empty if nothing does.
+
+    The name of a lone source means nothing. A source may join others: its weight before that must be 0, see mixture.py.
+    """
+    if len(old) == len(new) == 1:
+        old = dict(zip(new, old.values(), strict=True))
     out = [f"source {name} is gone" for name in old if name not in new]
-    out += [f"source {name} is new" for name in new if name not in old]
+    if out or len(old) == 1:
+        out += [f"source {name} is new" for name in new if name not in old]
     for name in (name for name in old if name in new):
         a, b = old[name], new[name]
         if a["fingerprint"] == b["fingerprint"]:
             continue
-        facts = [
+        facts = [f"fingerprint was {a['fingerprint'][:12]}, now {b['fingerprint'][:12]}"]
+        facts += [
             f"{key} was {a[key]}, now {b[key]}"
             for key in a
             if key not in ("fingerprint", "shards") and a[key] != b.get(key)
         ]
-        facts += _other_shards(a, b)
-        facts = facts or ["its manifest was written anew, with equal counts and shards"]
-        out.append(f"source {name}: {'; '.join(facts)}")
-    if not out and list(old) != list(new):
-        out.append(f"sources were in the order {', '.join(old)}, now {', '.join(new)}")
+        out.append(f"source {name}: {'; '.join([*facts, *_other_shards(a, b)])}")
     return out
 
 
 def _other_shards(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    if a["shards"] == b["shards"]:
+    if "shards" not in a:
         return []
+    if a["shards"] == b["shards"]:
+        return ["all shards are the same"]
     lists = [x["shards"] for x in (a, b)]
     if a["num_shards"] != b["num_shards"] or len(lists[0]) != a["num_shards"] * _DIGITS:
         return ["hashes of shards differ"]
     pairs = [[text[i : i + _DIGITS] for i in range(0, len(text), _DIGITS)] for text in lists]
-    differ = [n for n, (x, y) in enumerate(zip(*pairs, strict=True)) if x != y]
-    first = differ[0]
-    return [f"{len(differ)} of {a['num_shards']} shards differ, first number {first}: sha256 was {pairs[0][first]}..., now {pairs[1][first]}..."]  # fmt: skip
+    first, *more = [n for n, (x, y) in enumerate(zip(*pairs, strict=True)) if x != y]
+    was, now = pairs[0][first], pairs[1][first]
+    return [
+        f"{1 + len(more)} of {a['num_shards']} shards differ, first number {first}: sha256 was {was}..., now {now}..."
+    ]

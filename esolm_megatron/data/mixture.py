@@ -35,8 +35,8 @@ class Phase:
 
 
 def sources_of(config: DataConfig) -> dict[str, SourceConfig]:
-    """The sources by name; a lone `data.path` is one of weight 1."""
-    return dict(config.sources) or {ONLY_SOURCE: SourceConfig(path=config.path or "", weight=1.0)}
+    """The sources in the order of their names; a lone `data.path` is one of weight 1."""
+    return dict(sorted(config.sources.items())) or {ONLY_SOURCE: SourceConfig(path=config.path or "", weight=1.0)}
 
 
 def phases_of(config: DataConfig) -> tuple[Phase, ...]:
@@ -53,9 +53,14 @@ def first_difference(
     old: Sequence[Phase], old_names: Sequence[str], new: Sequence[Phase], new_names: Sequence[str]
 ) -> int | None:
     """The first batch that two courses of weights deal differently; None if there is none."""
+    if len(old_names) == len(new_names) == 1:
+        return None
     for start in sorted({phase.start for phase in (*old, *new)}):
-        a, b = (dict(zip(names, at(phases, start).weights, strict=True)) for phases, names in ((old, old_names), (new, new_names)))  # fmt: skip
-        if {k: v for k, v in a.items() if v} != {k: v for k, v in b.items() if v}:
+        a, b = (
+            {name: weight for name, weight in zip(names, at(phases, start).weights, strict=True) if weight}
+            for phases, names in ((old, old_names), (new, new_names))
+        )
+        if a != b:
             return start
     return None
 

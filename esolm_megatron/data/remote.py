@@ -12,7 +12,7 @@ import subprocess
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, suppress
 from typing import TypeVar
 
@@ -72,7 +72,7 @@ class Remote:
         tries = f"{self.retries + 1} tries" if self.retries else "one try"
         raise type(problem)(f"{problem} (after {tries})") from problem
 
-    def _chunks(self, name: str) -> Iterator[bytes]:
+    def _chunks(self, name: str) -> Generator[bytes]:
         """Chunks of the file; errors name the offset that they happened at."""
         url, offset = self.where(name), 0
         how = self._piped if url.startswith("pipe:") else self._http if url.startswith("http") else self._fsspec

@@ -307,9 +307,7 @@ class ShardReader:
     def __init__(self, folder: str | Path | Folder, *, tolerant: bool = False):
         self.place = folder if isinstance(folder, Folder) else Folder(folder)
         self.folder = self.place.path
-        raw = self.place.read(
-            "manifest.json", "prepare the data, or finish an interrupted prepare by running it again"
-        )
+        raw = self.place.read("manifest.json", "prepare the data, or finish an interrupted prepare by running it again")
         self.manifest = _parse_manifest(self.place.where("manifest.json"), raw)
         self.fingerprint = hashlib.sha256(raw).hexdigest()
         self.dtype = np.dtype(self.manifest.dtype).newbyteorder("<")

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from small_corpora import small_config, write_documents
 
+from esolm_megatron.data.order import permutation
 from esolm_megatron.data.prepare import prepare
 from esolm_megatron.data.shards import DataError, ShardCorrupt, ShardReader
-from esolm_megatron.data.order import permutation
 from esolm_megatron.data.stream import TokenStream, ValidationSet
 
 L = 37
@@ -56,7 +56,10 @@ def test_rows_of_an_epoch_are_the_rows_of_the_shards(prepared):
     assert any(starts)
     assert batch.tokens.dtype == np.int64
     assert batch.valid.all()
-    assert data.sources["data"].tokens_left_out == data.sources["data"].reader.manifest.splits["train"].tokens - len(rows) * L
+    assert (
+        data.sources["data"].tokens_left_out
+        == data.sources["data"].reader.manifest.splits["train"].tokens - len(rows) * L
+    )
     assert data.vocab_size == 258
 
 
