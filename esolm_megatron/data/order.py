@@ -64,7 +64,7 @@ class Order:
     def working_set(self) -> int:
         """Most shards that are read in turns: each lane's window may begin and end inside a shard."""
         held = self._per_shard[self._per_shard > 0]
-        if self.num_lanes == 1:
+        if self.shuffle_window >= self.num_sequences:
             return len(held)
         smallest_first = np.cumsum(np.sort(held))
         spanned = int(np.searchsorted(smallest_first, self.shuffle_window)) + 2

@@ -322,6 +322,7 @@ class ShardReader:
         self._files: OrderedDict[int, int] = OrderedDict()
         self._last_use: dict[int, int] = {}
         self._rest = 0
+        self.max_open = _OPEN_SHARDS
         self._documents: OrderedDict[int, np.ndarray] = OrderedDict()
         self._lock = threading.RLock()
 
@@ -433,7 +434,7 @@ class ShardReader:
         file = self._files.get(shard)
         if file is None:
             file = self._files[shard] = self.place.open(self.manifest.shards[shard])
-            if len(self._files) > _OPEN_SHARDS:
+            if len(self._files) > self.max_open:
                 self.place.close(self._files.popitem(last=False)[1])
         else:
             self._files.move_to_end(shard)

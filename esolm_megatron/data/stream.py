@@ -131,6 +131,8 @@ class Source(_Rows):
         first_block = np.flatnonzero(np.diff(self._owners, prepend=-1))
         per_shard = np.diff(self._first_sequence[first_block], append=self.num_sequences)
         self.order = Order(per_shard, key, config.num_lanes, config.shuffle_window)
+        if self.place.remote:  # an open shard cannot leave the cache
+            self.reader.max_open = min(self.reader.max_open, self.order.working_set())
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Place in the split's blocks, and offset there, of this source's samples number `samples`."""
