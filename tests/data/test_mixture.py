@@ -1,9 +1,12 @@
 """Mixtures: exact proportions at any sample, whatever changes when, and the same batches for every number of ranks."""
 
+import json
+import shutil
 from fractions import Fraction
 
 import numpy as np
 import pytest
+import yaml
 from small_corpora import small_config, write_documents
 
 from esolm_megatron.config import ConfigError, check
@@ -42,7 +45,17 @@ def stream(config, **options):
 
 @pytest.mark.parametrize(
     "weights",
-    [(1,), (0, 7), (1, 1), (97, 3), (5, 2, 1), (1, 1, 1, 1, 1, 1, 1), (50, 1, 1, 1, 0, 4), (33, 33, 20, 14), (899, 1, 100)],
+    [
+        (1,),
+        (0, 7),
+        (1, 1),
+        (97, 3),
+        (5, 2, 1),
+        (1, 1, 1, 1, 1, 1, 1),
+        (50, 1, 1, 1, 0, 4),
+        (33, 33, 20, 14),
+        (899, 1, 100),
+    ],
 )
 def test_each_source_has_its_share_after_any_number_of_samples(weights):
     pattern = Pattern(tuple(Fraction(w, sum(weights)) for w in weights))
@@ -139,7 +152,9 @@ def test_rows_of_a_batch_are_not_tied_to_sources(sources):
     """Half and half in turns, a lone rank of two would otherwise see one source only."""
     config = mixed(sources, {"a": 1, "b": 1})
     rank = stream(config, data_rank=0, data_size=2)
-    seen = [chosen.size for step in range(40) for _, chosen, _ in rank._dealt(step, rank._places(step, np.arange(0, B, 2)))]
+    seen = [
+        chosen.size for step in range(40) for _, chosen, _ in rank._dealt(step, rank._places(step, np.arange(0, B, 2)))
+    ]
     assert len(seen) > 60, "both sources in most of its shares"
 
 
@@ -166,15 +181,15 @@ def test_validation_takes_turns_by_weight_until_one_source_ends(sources):
     data = ValidationSet(mixed(sources, {"a": 3, "b": 1, "c": 0}), seq_length=37)
     lone = {name: ValidationSet(sources / name, seq_length=37) for name in "ab"}
     batch = data.rows(range(len(data)))
-    shares = {n: [r for r in lone[n].rows(range(len(lone[n]))).tokens.tolist() if r in batch.tokens.tolist()] for n in "ab"}
+    shares = {
+        n: [r for r in lone[n].rows(range(len(lone[n]))).tokens.tolist() if r in batch.tokens.tolist()] for n in "ab"
+    }
     assert sum(map(len, shares.values())) == len(data)
     assert abs(len(shares["a"]) - 0.75 * len(data)) < 1
     assert len(shares["a"]) == len(lone["a"]) or len(shares["b"]) == len(lone["b"])
 
 
 def test_sources_of_other_tokenizers_are_refused(sources, tmp_path):
-    import json
-    import shutil
 
     shutil.copytree(sources / "b", tmp_path / "b")
     shutil.copytree(sources / "a", tmp_path / "a")
@@ -200,7 +215,9 @@ def test_what_has_changed_is_said(sources, tmp_path):
     assert line.startswith("source b: fingerprint was ")
     assert f"tokens was {facts['b']['tokens']}, now {other['b']['tokens']}" in line
     assert "shards differ" in line
-    assert changes({"data": {"fingerprint": "x" * 64}}, {"data": facts["a"]})[0].startswith("source data: fingerprint was xxx")
+    assert changes({"data": {"fingerprint": "x" * 64}}, {"data": facts["a"]})[0].startswith(
+        "source data: fingerprint was xxx"
+    )
 
 
 def test_only_weights_of_batches_to_come_may_change(sources):
@@ -229,7 +246,8 @@ def test_only_weights_of_batches_to_come_may_change(sources):
          "data.weight_changes: from step 3 on all weights are 0"),
         ({"sources": {"a": {"path": "y"}}, "weight_changes": [{"step": 3, "weights": {}}, {"step": 3, "weights": {}}]},
          "data.weight_changes: steps [3, 3] must rise"),
-        ({"path": "https://x/y"}, "data.cache_dir = null: https://x/y is not on this machine; give a folder on a local disk for its shards"),
+        ({"path": "https://x/y"},
+         "data.cache_dir = null: https://x/y is not on this machine; give a folder on a local disk for its shards"),
         ({"path": "pipe:cat x", "cache_dir": "c"}, "pipe:cat x: the command must have {name} where the file's name belongs"),
     ],
 )  # fmt: skip
@@ -242,3 +260,31 @@ def test_sections_that_do_not_fit_together(data, message):
     with pytest.raises(ConfigError) as caught:
         check(tree)
     assert message in str(caught.value).splitlines()
+
+
+def test_mix_tells_what_a_run_will_read(sources, tmp_path, capsys):
+    from esolm_megatron.cli import main
+
+    tree = {
+        "name": "x", "model": {"num_layers": 1, "hidden_size": 4, "num_heads": 1, "seq_length": 37},
+        "objective": {"alpha_0": 1.0}, "train": {"num_steps": 40, "global_batch_size": B, "micro_batch_size": 1},
+        "optim": {"warmup_steps": 0},
+        "data": mixed(sources, changes=[(10, {"a": 1}), (99, {"a": 7})]).model_dump(mode="json"),
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    words = ["data", "mix", str(tmp_path / "run.yaml"), "train.num_steps=50", f"plot={tmp_path / 'mix.png'}"]
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["num_steps"], found["phases"]) == (50, [0, 10])
+    by_name = {source["name"]: source for source in found["sources"]}
+    assert by_name["b"]["weights"] == [0.25, 0.5]
+    data = stream(mixed(sources, changes=[(10, {"a": 1})]))
+    for name, count in data.counts(50).items():
+        assert by_name[name]["samples"] == count["samples"]
+        assert by_name[name]["epochs"] == count["epochs"]
+        assert by_name[name]["tokens"] == data.sources[name].reader.manifest.splits["train"].tokens
+    assert (tmp_path / "mix.png").stat().st_size > 10_000
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "share from" in said
+    assert "62.50%" in said

@@ -1,3 +1,4 @@
+import hashlib
 import shutil
 import threading
 import time
@@ -108,6 +109,23 @@ def test_a_far_step_reads_only_its_own_blocks_and_comes_at_once(prepared):
 def test_the_order_never_changes():
     """Written down once: a run must be resumable by a later version."""
     assert permutation(7, 5, "window", 0, 1, 2).tolist() == [3, 4, 6, 2, 1, 5, 0]
+
+
+@pytest.mark.parametrize(
+    ("lanes", "window", "digest"),
+    [
+        (16, 512, "c3e65ae9a9942dfc4174e9d443dc88bc3b195da2e618a3f32981ed3851bdef30"),
+        (3, 5, "ad9f0e0ff5339cd765dcbcc0a5d6231ff00b948ddf2c7a3d24802b2ce17b8d15"),
+    ],
+)
+def test_the_batches_of_one_source_never_change(prepared, lanes, window, digest):
+    """Those of the version that knew one local folder only."""
+    data, found = stream(prepared, num_lanes=lanes, shuffle_window=window), hashlib.sha256()
+    for step in range(80):
+        batch = data.batch(step)
+        for array in (batch.tokens, batch.samples, *batch.documents):
+            found.update(array.tobytes())
+    assert found.hexdigest() == digest
 
 
 def test_fewer_sequences_than_a_batch(prepared, tmp_path):
