@@ -5,8 +5,8 @@
     CACHE/SHA256.lock    held by the process that downloads; the kernel releases it when that process dies
     CACHE/room.lock      held while room is made
 
-Whoever reads a file holds a shared lock on it, and a file that is locked is never dropped. What was opened or closed last is
-dropped last.
+Whoever reads a file holds a shared lock on it, and a file that is locked is never dropped. What was fetched or
+opened last is dropped last.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from esolm_megatron.data.shards import DataError, Folder, LocalTrouble, ShardCor
 from esolm_megatron.sections import DataConfig, is_remote
 
 _POLL_S = 0.02
+_KEPT_FOR_S = 600.0
+"""What was fetched ahead counts as used so much later, until it is opened: it must not go before its first row is read."""
 
 
 def open_folder(path: str | Path, config: DataConfig) -> Folder:
@@ -77,24 +79,24 @@ class Cache:
             LocalTrouble: the disk is full, or everything in the cache is in use and stays so for `patience_s`.
         """
         path, deadline = self.path(sha256, "part"), time.monotonic() + self.patience_s
-        while True:
-            with _locked(self.folder / "room.lock", stop):
-                missing = self._make_room(size, path)
-                if missing <= 0:
-                    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-                    break
-            if time.monotonic() > deadline:
-                raise LocalTrouble(
-                    f"data.cache_gb = {self.limit / 1e9:g}: {self.folder} is {missing} bytes short of room for the next "
-                    "shard, and all that is in it is in use; raise it, or lower data.num_lanes or data.prefetch_shards"
-                )
-            stop.wait(10 * _POLL_S)
         try:
-            with self.disk_full_named(size):
-                _take_room(file, size)
-            yield file
+            while True:
+                with _locked(self.folder / "room.lock", stop):
+                    missing = self._make_room(size, path)
+                    if missing <= 0:
+                        file = self._reserved(path, size)  # before others count
+                        break
+                if time.monotonic() > deadline:
+                    raise LocalTrouble(
+                        f"data.cache_gb = {self.limit / 1e9:g}: {self.folder} is {missing} bytes short of room for the next "
+                        "shard, and all that is in it is in use; raise it, or lower data.num_lanes or data.prefetch_shards"
+                    )
+                stop.wait(10 * _POLL_S)
+            try:
+                yield file
+            finally:
+                os.close(file)
         finally:
-            os.close(file)
             path.unlink(missing_ok=True)
 
     @contextmanager
@@ -107,6 +109,17 @@ class Cache:
                 f"data.cache_dir = {self.folder}: {error.strerror or error}; free {size} bytes on that disk, or lower "
                 f"data.cache_gb = {self.limit / 1e9:g} so that the cache stays below what there is"
             ) from error
+
+    def _reserved(self, path: Path, size: int) -> int:
+        """A new file that takes `size` bytes from now on."""
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            with self.disk_full_named(size):
+                _take_room(file, size)
+        except BaseException:
+            os.close(file)
+            raise
+        return file
 
     def _make_room(self, size: int, own: Path) -> int:
         """Drop what was not used for longest until `size` more bytes fit; returns the bytes that are still missing."""
@@ -180,8 +193,10 @@ class CachedFolder(Folder):
 
     def bring(self, shard: ShardEntry) -> None:
         """Have a shard in the cache. Errors are kept for whoever opens it."""
-        with suppress(DataError):
+        with suppress(DataError, FileNotFoundError):
             self._ensure(f"shards/{shard.name}", shard.sha256, shard.bytes)
+            wanted = time.time() + _KEPT_FOR_S
+            os.utime(self.cache.path(shard.sha256), (wanted, wanted))
 
     def distrust(self, shard: ShardEntry, file: int) -> bool:
         """Drop a damaged copy; the first time, another may be better."""
@@ -192,12 +207,6 @@ class CachedFolder(Folder):
         first = shard.sha256 not in self._distrusted
         self._distrusted.add(shard.sha256)
         return first
-
-    def close(self, file: int) -> None:
-        """Close what `open` gave."""
-        with suppress(OSError):
-            os.utime(file)  # used until now
-        os.close(file)
 
     def _opened(self, name: str, sha256: str, size: int | None) -> int:
         path = self.cache.path(sha256)
