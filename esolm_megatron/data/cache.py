@@ -193,10 +193,8 @@ class CachedFolder(Folder):
 
     def bring(self, shard: ShardEntry) -> None:
         """Have a shard in the cache. Errors are kept for whoever opens it."""
-        with suppress(DataError, FileNotFoundError):
-            self._ensure(f"shards/{shard.name}", shard.sha256, shard.bytes)
-            wanted = time.time() + _KEPT_FOR_S
-            os.utime(self.cache.path(shard.sha256), (wanted, wanted))
+        with suppress(DataError):
+            self._ensure(f"shards/{shard.name}", shard.sha256, shard.bytes, ahead=True)
 
     def distrust(self, shard: ShardEntry, file: int) -> bool:
         """Drop a damaged copy; the first time, another may be better."""
@@ -223,7 +221,7 @@ class CachedFolder(Folder):
                 return file
             os.close(file)
 
-    def _ensure(self, name: str, sha256: str, size: int | None) -> None:
+    def _ensure(self, name: str, sha256: str, size: int | None, *, ahead: bool = False) -> None:
         """Have a file in the cache; one thread of one process of the node fetches it, and the others wait."""
         with self._lock:
             turn = self._turns.setdefault(sha256, threading.Lock())
@@ -235,7 +233,7 @@ class CachedFolder(Folder):
             try:
                 with _locked(self.cache.path(sha256, "lock"), self.source.stop):
                     if not self._is_there(sha256, size):
-                        self._download(name, sha256, size)
+                        self._download(name, sha256, size, time.time() + ahead * _KEPT_FOR_S)
             except Cancelled:
                 raise
             except DataError as error:
@@ -249,7 +247,7 @@ class CachedFolder(Folder):
             return False
         return found == size if size is not None else found > 0
 
-    def _download(self, name: str, sha256: str, size: int | None) -> None:
+    def _download(self, name: str, sha256: str, size: int | None, used: float) -> None:
         where = self.where(name)
         with self.cache.part(sha256, size or 0, self.source.stop) as file:
 
@@ -273,7 +271,9 @@ class CachedFolder(Folder):
                     raise ShardCorrupt(f"{where}: has sha256 {found[:16]}..., the manifest says {sha256[:16]}...")
 
             self.source.fetch(name, take)
-            os.rename(self.cache.path(sha256, "part"), self.cache.path(sha256))
+            os.utime(file, (used, used))
+            with _locked(self.cache.folder / "room.lock", self.source.stop):  # whoever counts sees one of the names
+                os.rename(self.cache.path(sha256, "part"), self.cache.path(sha256))
 
 
 def _take_room(file: int, size: int) -> None:

@@ -181,7 +181,7 @@ def size_of(cache):
 
 def test_the_cache_stays_below_its_limit_and_drops_what_is_old(many, tmp_path):
     shards = [s for s in ShardReader(many).manifest.shards if s.split == "train"]
-    limit = 7 * max(s.bytes for s in shards) + (many / "blocks.npy").stat().st_size
+    limit = 10 * max(s.bytes for s in shards) + (many / "blocks.npy").stat().st_size
     assert sum(s.bytes for s in shards) > 2 * limit, "else little has to go"
     fields = {"num_lanes": 1, "shuffle_window": 20}
     here = TokenStream(many, seq_length=37, global_batch_size=12, seed=5, **fields)
@@ -195,7 +195,7 @@ def test_the_cache_stays_below_its_limit_and_drops_what_is_old(many, tmp_path):
         fetched = shards_fetched(server)
     assert max(fetched.values()) == 1, "no shard is fetched twice in an epoch"
     assert len(fetched) >= len(shards) - 2
-    assert len(list((tmp_path / "cache").glob("*.data"))) < 10
+    assert len(list((tmp_path / "cache").glob("*.data"))) < 14
 
 
 def test_a_cache_that_cannot_hold_what_is_read_in_turns_is_refused_at_the_start(server, tmp_path):
