@@ -1,6 +1,6 @@
 """Tokens that a CPU-second of one process reads: this package's stream beside other loaders, the same tokens in one run.
 
-    python tools/benchmark_data.py [--tokens 40000000] [--install] [--steady-steps 0 --step-seconds 0.5] [--folder DIR] [--json FILE]
+    python tools/benchmark_data.py [--tokens 40000000] [--install] [--steady-steps N --step-seconds 0.5] [--json FILE]
 
 Each loader runs in a process of its own and reads rows of 2048 tokens for an epoch, best of three. Others are measured where
 they import; --install makes a virtual environment for each in the folder, on top of this one, because they pin versions.
@@ -151,7 +151,7 @@ def read_energon(folder: Path) -> Iterator[np.ndarray]:
         return TextSample(**basic_sample_keys(sample), text=sample["bin"])
 
     class Encoder(DefaultTaskEncoder):
-        cookers = [Cooker(cook)]
+        cookers = (Cooker(cook),)
 
         def batch(self, samples: list[Any]) -> Any:
             return samples
@@ -265,7 +265,9 @@ def missed_bars(found: dict[str, Any]) -> list[str]:
     rates = {n: x["tokens_per_cpu_s"] for n, x in found["loaders"].items() if isinstance(x, dict)}
     ours = rates.get("ours", 0.0)
     out = [f"ours: {ours / 1e6:.1f}M tokens per CPU-second, the bar is {BAR / 1e6:g}M"] if ours < BAR else []
-    out += [f"ours is {ours / rates[n]:.1f} times {n}, the bar is {b:g}" for n, b in BARS.items() if n in rates and ours < b * rates[n]]  # fmt: skip
+    for name, times in BARS.items():
+        if name in rates and ours < times * rates[name]:
+            out.append(f"ours is {ours / rates[name]:.1f} times {name}, the bar is {times:g}")
     out += [f"first batch of step {s}: {t:.2f} s" for s, t in found["first_batch_s"].items() if t > FIRST_BATCH_S]
     if found.get("memory", {}).get("growth_mb", 0.0) > GROWTH_MB:
         out.append(f"memory grew by {found['memory']['growth_mb']:.0f} MB")
@@ -289,7 +291,9 @@ def main() -> int:
         found = measure(options, Path(folder))
     table = Table("loader", "M tokens per CPU-second", "CPU s", "wall s")
     for name, x in found["loaders"].items():
-        cells = [x, "", ""] if isinstance(x, str) else [f"{x['tokens_per_cpu_s'] / 1e6:.1f}", f"{x['cpu_s']:.2f}", f"{x['wall_s']:.2f}"]  # fmt: skip
+        cells = [x, "", ""]
+        if isinstance(x, dict):
+            cells = [f"{x['tokens_per_cpu_s'] / 1e6:.1f}", f"{x['cpu_s']:.2f}", f"{x['wall_s']:.2f}"]
         table.add_row(name, *cells)
     Console().print(table)
     found["missed"] = missed_bars(found)
