@@ -39,12 +39,12 @@ def parser() -> argparse.ArgumentParser:
         if name == "plan":
             made.add_argument("--device", default="H100", help="GPU that is planned for")
             made.add_argument("--mfu", type=float, default=0.4, help="share of its peak that is assumed")
-    made = verb("data", data.run, "tokens: prepare, verify, show, train-tokenizer, corpus")
-    made.add_argument("action", choices=["prepare", "verify", "show", "train-tokenizer", "corpus"])
+    made = verb("data", data.run, "tokens: prepare, verify, show, mix, train-tokenizer, corpus")
+    made.add_argument("action", choices=["prepare", "verify", "show", "mix", "train-tokenizer", "corpus"])
     made.add_argument(
-        "path", metavar="PATH", help="a YAML file (prepare), prepared data (verify, show), text, or a folder"
+        "path", metavar="PATH", help="a YAML file (prepare, mix), prepared data (verify, show), text, or a folder"
     )
-    fields(made, "override fields")
+    fields(made, "override fields; mix: those of the run, and plot=FILE.png")
     made = verb("eval", model.run_eval, "perplexity bounds of a converted model")
     made.add_argument("path", metavar="MODEL", help="folder made by esolm convert")
     fields(made, ", ".join(model.EvalOptions.model_fields))

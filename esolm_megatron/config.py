@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from esolm_megatron.legal import layout_problems, world_problems  # noqa: F401 - callers of a Config ask here
-from esolm_megatron.sections import DataConfig, GuardConfig, Section, WatchdogConfig
+from esolm_megatron.sections import DataConfig, GuardConfig, Section, WatchdogConfig, data_problems
 
 
 class UserError(Exception):
@@ -305,7 +305,15 @@ def _checkpoint_problems(c: Any) -> Iterator[str]:
         )
 
 
-_CHECKS = (_checkpoint_problems, _model_problems, _objective_problems, _batch_problems, layout_problems, _schedule_problems)
+_CHECKS = (
+    _checkpoint_problems,
+    _model_problems,
+    _objective_problems,
+    _batch_problems,
+    layout_problems,
+    _schedule_problems,
+    data_problems,
+)
 
 
 def _field_problems(error: ValidationError) -> list[tuple[tuple[str, ...], str]]:

@@ -1,4 +1,4 @@
-"""`esolm data`: prepare, verify, show, train-tokenizer, corpus."""
+"""`esolm data`: prepare, verify, show, mix, train-tokenizer, corpus."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def run(args: argparse.Namespace) -> int:
         "show": _data_show,
         "train-tokenizer": _data_train_tokenizer,
         "corpus": _data_corpus,
+        "mix": _data_mix,
     }[args.action](args)
 
 
@@ -102,4 +103,16 @@ def _data_corpus(args: argparse.Namespace) -> int:
 
     size = write_corpus(args.path, options(CorpusOptions, args.overrides).max_bytes)
     show(f"{args.path}: {size:,} bytes of text", lambda: {"folder": args.path, "bytes": size}, args.json)
+    return 0
+
+
+def _data_mix(args: argparse.Namespace) -> int:
+    from esolm_megatron.config import load
+    from esolm_megatron.data.mix import mix
+
+    pictures = [word.partition("=")[2] for word in args.overrides if word.startswith("plot=")]
+    report = mix(load(args.path, [word for word in args.overrides if not word.startswith("plot=")]))
+    for file in pictures:
+        report.plot(file)
+    show(report.as_table(), report.as_dict, args.json)
     return 0
