@@ -132,17 +132,14 @@ class Slurm:
     def start_again(self, delay_s: float, exclude: Sequence[str]) -> str:
         """Requeue the job, unless SLURM has done so, or someone has cancelled it."""
         job = str(self.job_id)
-        state = _field(job, "JobState")
-        if state == "CANCELLED":
-            return "it was cancelled"
-        if self.told == "SIGTERM" and state in ("PENDING", "REQUEUED", "PREEMPTED"):
-            return "SLURM starts it again"
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # scontrol inherits it: requeueing ends whatever runs in this job
+        if self.told == "SIGTERM":  # preempted, requeued or cancelled: all look alike from here, and all are decided
+            return "SLURM starts it again unless it was cancelled"
         if not delay_s and not exclude:
-            status, text = ask("scontrol", "requeue", job)
-            return "requeued" if status == 0 else f"scontrol could not requeue it: {text.strip()}"
+            return _answer(*ask("scontrol", "requeue", job))
         status, text = ask("scontrol", "requeuehold", job)
         if status:
-            return f"scontrol could not requeue it: {text.strip()}"
+            return _answer(status, text)
         said = ["requeued"]
         if exclude:
             listed = ",".join([*([self.cluster.exclude] if self.cluster.exclude else []), *exclude])
@@ -155,6 +152,12 @@ class Slurm:
             said.append(f"not before {at}" if status == 0 else f"at once: {text.strip()}")
         status, text = ask("scontrol", "release", job)
         return ", ".join(said) if status == 0 else f"held, scontrol could not release it: {text.strip()}"
+
+
+def _answer(status: int, text: str) -> str:
+    if "is pending" in text:  # after a node's failure SLURM is quicker
+        return "SLURM has requeued it"
+    return "requeued" if status == 0 else f"scontrol could not requeue it: {text.strip()}"
 
 
 def _field(job: str, name: str) -> str:

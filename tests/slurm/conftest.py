@@ -39,9 +39,9 @@ def slurm():
     """Munge, slurmctld and two slurmd of our own."""
     if lack := missing():
         pytest.skip(f"SLURM cannot run here: {lack}")
-    with tempfile.TemporaryDirectory(prefix="slurm-") as folder:  # pytest's own folders are closed to munge
-        with MiniSlurm(folder) as cluster:
-            yield cluster
+    # pytest's own folders are closed to munge
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder, MiniSlurm(folder) as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="session")
@@ -49,9 +49,7 @@ def tokens(tmp_path_factory):
     """Shards of a part of this project's own source."""
     folder = tmp_path_factory.mktemp("data") / "tokens"
     source = str(ROOT / "esolm_megatron" / "train")
-    prepare(
-        PrepareConfig(inputs=(source,), output=str(folder), block_tokens=4096, num_processes=1), progress=False
-    )
+    prepare(PrepareConfig(inputs=(source,), output=str(folder), block_tokens=4096, num_processes=1), progress=False)
     return folder
 
 
@@ -129,5 +127,8 @@ def login(slurm, tokens, tmp_path, request, capsys):
     """A login node; says how long its test took, for docs/operations.md."""
     made = Login(slurm, tokens, tmp_path)
     yield made
+    for job in {line.split("_")[0] for line in slurm.run("squeue", "-h", "-o", "%i").split()}:
+        slurm.run("scancel", job)
+    made.until(lambda: not slurm.run("squeue", "-h").strip(), 30, tmp_path)
     with capsys.disabled():
         print(f"\n  {request.node.name}: {time.monotonic() - made.begun:.1f} s")

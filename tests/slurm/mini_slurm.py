@@ -73,7 +73,9 @@ class MiniSlurm:
             self._start("slurmctld", "slurmctld", "-D", "-f", str(self.conf))
             for name in self.nodes:
                 self.start_node(name)
-            self._await(lambda: len(self.run("sinfo", "-hN", "-p", "main", "-t", "idle", check=False).split()) >= 4, "nodes")
+            self._await(
+                lambda: len(self.run("sinfo", "-hN", "-p", "main", "-t", "idle", check=False).split()) >= 4, "nodes"
+            )
         except BaseException:
             self.__exit__()
             raise
@@ -93,7 +95,13 @@ class MiniSlurm:
     def _start(self, name, *words):
         with (self.root / f"log/{name}.out").open("ab") as log:
             self.daemons[name] = subprocess.Popen(
-                words, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.root, start_new_session=True
+                words,
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self.root,
+                start_new_session=True,
             )
 
     def _await(self, true, what, seconds=30):
@@ -143,7 +151,9 @@ class MiniSlurm:
         for index in range(GPUS):  # copies of /dev/null: SLURM wants devices, and sets CUDA_VISIBLE_DEVICES for them
             os.mknod(self.root / f"gpu/fake{index}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
         host, user, ports = socket.gethostname(), pwd.getpwuid(os.getuid()).pw_name, free_ports(1 + len(self.nodes))
-        unlike = 1000 * (1 + zlib.crc32(str(self.root).encode()) % 60)  # ports come from job ids; clusters may run side by side
+        unlike = 1000 * (
+            1 + zlib.crc32(str(self.root).encode()) % 60
+        )  # ports come from job ids; clusters may run side by side
         r = self.root
         lines = f"""
             ClusterName=mini
