@@ -97,10 +97,13 @@ def starts(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def fruitless(listed: list[dict[str, Any]], step: int) -> int:
-    """Failed starts in a row since the newest checkpoint became that of `step`. Preemptions and time limits do not count."""
+    """Failed starts in a row since the newest checkpoint became that of `step`.
+
+    Preemptions and time limits do not count, nor does what came before a person started the run again.
+    """
     count = 0
     for start in reversed(listed):
-        if start["step"] != step:
+        if start["step"] != step or start["again"] is False:
             break
         count += start["how"] not in ("stopped", "finished")
     return count

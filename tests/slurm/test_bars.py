@@ -190,7 +190,8 @@ def test_a_bad_node_is_named_and_left_out(login, tmp_path):
     tool.chmod(0o755)
     env = {"PATH": f"{tool.parent}:{login.slurm.env['PATH']}", "DS_ACCELERATOR": "cpu"}
     (job,), run = login.launch(
-        {"nodes": 1, "tasks_per_node": None, "gpus_per_node": 2, "health": "node", "env": env}, train={"device": "auto"}
+        {"nodes": 1, "tasks_per_node": None, "gpus_per_node": 2, "health": "node", "env": env, "restart_delay_s": 12},
+        train={"device": "auto"},
     )
     login.await_end(run)
     first, second = login.starts(run)
@@ -198,6 +199,22 @@ def test_a_bad_node_is_named_and_left_out(login, tmp_path):
     assert "n1: GPU 0 has 2 uncorrected memory errors" in first["detail"]
     assert (second["how"], second["nodes"]) == ("finished", ["n2"])
     assert login.slurm.job(job)["ExcNodeList"] == "n1"
+    assert second["time"] - first["ended"] >= 11, "it waited as long as it was told, to a second of SLURM's clock"
+
+
+@pytest.mark.slow
+def test_a_real_time_limit(login):
+    """Two minutes, which SLURM looks at once a minute or so: the signal may come up to a minute before its time."""
+    _, run = login.launch({"nodes": 1, "time_h": 2 / 60, "signal_s": 50}, train={"num_steps": 1_000_000})
+    login.until(lambda: len(login.starts(run)) == 2, 150, run)
+    first = login.starts(run)[0]
+    login.await_step(run, login.newest_step(run) + 10)
+    login.esolm("jobs", "stop", "runs/run")
+    login.await_end(run, "stopped")
+    second = login.starts(run)[1]
+    assert (first["how"], first["again"], second["how"], second["again"]) == ("stopped", True, "stopped", False)
+    steps = [json.loads(x)["step"] for x in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, len(steps) + 1)), "no step is lost or repeated"
 
 
 def test_a_sweep_of_four(login):

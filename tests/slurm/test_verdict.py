@@ -86,5 +86,8 @@ def test_only_failures_without_a_new_checkpoint_are_counted(tmp_path):
     assert fruitless(starts(record.events()), 80) == 0
     start(5, 40, "killed")
     assert fruitless(starts(record.events()), 40) == 3
+    record.write("end", attempt="1.5", how="killed", detail="gave up", again=False)
+    start(6, 40, "killed")
+    assert fruitless(starts(record.events()), 40) == 1, "someone has started it again after it gave up"
     (tmp_path / "jobs.jsonl").open("a").write('{"event": "en')
-    assert len(starts(record.events())) == 6, "a line that a crash cut off is left out"
+    assert len(starts(record.events())) == 7, "a line that a crash cut off is left out"
