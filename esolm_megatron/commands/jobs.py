@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
 from esolm_megatron.commands import show
 from esolm_megatron.config import ConfigError
@@ -34,7 +35,11 @@ def run_launch(args: argparse.Namespace) -> int:
     if args.local or args.prepare:
         write(first, cluster, requeue=True)
         if args.prepare:
-            show(str(first.folder), lambda: {"launch": str(first.folder)}, args.json)
+            show(
+                Text(str(first.folder), no_wrap=True, overflow="ignore"),
+                lambda: {"launch": str(first.folder)},
+                args.json,
+            )
             return 0
         env = os.environ | cluster.env | {"PYTHONPATH": f"{first.folder}/code:{os.environ.get('PYTHONPATH', '')}"}
         sys.stdout.flush()
@@ -44,7 +49,7 @@ def run_launch(args: argparse.Namespace) -> int:
     ids = submit(submission(cluster, launches, chain=args.chain > 1), chain=args.chain)
     folders = [str(launch.run_dir) for launch in launches]
     text = f"submitted job {', '.join(ids)}: {', '.join(folders)}\nesolm jobs {first.config.runs_dir}"
-    show(text, lambda: {"jobs": ids, "runs": folders}, args.json)
+    show(Text(text), lambda: {"jobs": ids, "runs": folders}, args.json)
     return 0
 
 
@@ -84,7 +89,7 @@ def run_jobs(args: argparse.Namespace) -> int:
         if len(args.words) != 2:
             raise ConfigError(f"esolm jobs {args.words[0]} RUN: give one run folder")
         text = getattr(table, args.words[0])(Path(args.words[1]))
-        show(text, lambda: {"text": text}, args.json)
+        show(Text(text), lambda: {"text": text}, args.json)
         return 0
     if len(args.words) > 1:
         raise ConfigError(f"{' '.join(args.words)}: give one folder, or stop, requeue or logs and a run folder")

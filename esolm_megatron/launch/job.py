@@ -119,7 +119,7 @@ class Job:
 
     def _end(self, cause: Cause) -> int:
         """Write down how it ended, start again if that may help, and say so."""
-        if self.record.owner() != self.attempt:
+        if self.record.owner() not in (None, self.attempt):
             self.say("another start of this run has taken over; this one ends without a word in the run folder")
             return int(Ending.STOPPED)
         step = newest_step(self.run_dir)

@@ -70,10 +70,10 @@ class Record:
         write_json(self.run_dir / "owner.json", {"attempt": attempt})
 
     def owner(self) -> str | None:
-        """The start that may write; None before the first."""
+        """The start that may write; None before the first, and where the disk does not answer."""
         try:
             return str(json.loads((self.run_dir / "owner.json").read_text())["attempt"])
-        except FileNotFoundError:
+        except OSError:
             return None
 
 

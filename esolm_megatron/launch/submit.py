@@ -154,7 +154,7 @@ def submission(cluster: ClusterConfig, launches: tuple[Launch, ...], *, chain: b
         "partition": cluster.partition, "account": cluster.account, "qos": cluster.qos, "time": cluster.minutes,
         "nodes": cluster.nodes, "ntasks_per_node": cluster.tasks, "cpus_per_task": cluster.cpus_per_task,
         "gpus_per_node": cluster.gpus_per_node or None, "signal_delay_s": cluster.signal_s,
-        "mem": None if cluster.memory_gb is None else f"{cluster.memory_gb}G", "constraint": cluster.constraint,
+        "mem": {None: None, 0: "0"}.get(cluster.memory_gb, f"{cluster.memory_gb}G"), "constraint": cluster.constraint,
         "exclude": cluster.exclude, "exclusive": cluster.exclusive or None, "mail_user": cluster.mail_user,
         "mail_type": cluster.mail_type if cluster.mail_user else None, "wckey": None, "stderr_to_stdout": True,
         "use_srun": False, "setup": _setup(cluster), "additional_parameters": extra,

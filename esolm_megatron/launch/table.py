@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from esolm_megatron.config import UserError
 from esolm_megatron.launch.cluster_file import ask, there
@@ -157,7 +158,8 @@ def as_table(found: list[Row]) -> Table:
             f"{each.goodput:.0%}" if each.goodput is not None else "-",
         )
         text = "\n".join(filter(None, [each.detail, *each.failed, each.logs]))
-        table.add_row(each.run, each.job, each.state, str(each.step), str(each.saved), *numbers, restarts, text)
+        cells = (each.run, each.job, each.state, str(each.step), str(each.saved), *numbers, restarts, text)
+        table.add_row(*map(Text, cells))  # words of logs are no markup
     return table
 
 

@@ -122,6 +122,8 @@ def test_a_killed_rank_is_named_and_the_run_goes_on(login, whole):
     first, second = login.starts(run)
     assert (first["how"], second["how"], second["step"]) == ("killed", "finished", 40)
     assert login.losses(run) == whole
+    code, text = login.esolm("jobs", "runs")
+    assert (code, "killed 1" in text, "rank 1 on n2: Killed" in text) == (0, True, True), text
     _, text = login.esolm("jobs", "logs", "runs/run")
     assert "finished at step 200: done" in text
 

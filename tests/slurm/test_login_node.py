@@ -1,5 +1,6 @@
 """What is refused, and how quickly, before anything is written; most of it needs no SLURM."""
 
+import io
 import json
 import time
 
@@ -140,3 +141,22 @@ def test_local_run_is_stopped_by_a_signal_and_resumed(here):
     (row,) = json.loads(text)
     assert (row["state"], row["step"], row["restarts"]) == ("finished", step + 5, {"stopped": 1})
     assert yaml.safe_load((run / "launches/002/config.yaml").read_text())["train"]["num_steps"] == step + 5
+
+
+def test_the_table_shows_words_of_logs_as_they_are(tmp_path):
+    """Words in brackets are markup to the library that draws the table: gloo's errors name files like that."""
+    from rich.console import Console
+
+    from esolm_megatron.launch.record import Record, failure_file
+    from esolm_megatron.launch.table import as_table, row
+    from esolm_megatron.train.ending import write_json
+
+    (tmp_path / "launches").mkdir()
+    record = Record(tmp_path)
+    record.write("start", launch="001", attempt="7.0", step=0, nodes=["n1"])
+    record.write("end", launch="001", attempt="7.0", how="failed", detail="", again=True)
+    words = {"rank": 1, "host": "n1", "error": "[/a/pair.cc:537] closed", "time": 1.0}
+    write_json(failure_file(tmp_path / "logs" / "7.0", 1), words)
+    console = Console(width=300, file=io.StringIO(), record=True)
+    console.print(as_table([row(tmp_path, {})]))
+    assert "rank 1 on n1: [/a/pair.cc:537] closed" in console.export_text()
