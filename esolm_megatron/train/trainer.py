@@ -36,7 +36,10 @@ from esolm_megatron.train.watchdog import Watchdog
 
 
 class StopRequest:
-    """Remembers that a signal asked the run to stop; a second one ends the process at once."""
+    """Remembers that a signal asked the run to stop; a second one ends the process at once.
+
+    Not so in a job of SLURM, which sends its signals twice and kills what does not end in time.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -44,7 +47,7 @@ class StopRequest:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: Any) -> None:
-        if self.signal is not None:
+        if self.signal is not None and "SLURM_JOB_ID" not in os.environ:
             os._exit(128 + number)
         self.signal = number
 
