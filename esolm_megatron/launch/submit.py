@@ -26,6 +26,7 @@ import yaml
 import esolm_megatron
 from esolm_megatron.config import Config, ConfigError, UserError, check, dump, load
 from esolm_megatron.launch.cluster_file import ClusterConfig, ask, cluster_problems, partitions, there
+from esolm_megatron.sections import is_remote
 from esolm_megatron.train.ending import write_json
 from esolm_megatron.train.preflight import check_run, resolve
 
@@ -109,8 +110,10 @@ def _at_home(config: Config, cluster: ClusterConfig, point: Sequence[str]) -> Co
     """`config` with paths that hold in any folder, and a name of its own in a sweep."""
     tree = config.model_dump(mode="json")
     tree["runs_dir"] = str(Path(cluster.runs_dir or config.runs_dir).absolute())
-    if "://" not in config.data.path:
-        tree["data"]["path"] = str(Path(config.data.path).absolute())
+    data = tree["data"]
+    for owner, key in [(data, "path"), (data, "cache_dir"), *((source, "path") for source in data["sources"].values())]:
+        if owner[key] and not is_remote(owner[key]):
+            owner[key] = str(Path(owner[key]).absolute())
     parts = [f"{key.rpartition('.')[2]}{value}" for key, _, value in (word.partition("=") for word in point)]
     tree["name"] = re.sub(r"[^A-Za-z0-9._-]", "_", "-".join([config.name, *parts]))
     return check(tree)
