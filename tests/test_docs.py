@@ -56,8 +56,6 @@ NOT_RUN = {
     ),
     "torchrun --nproc-per-node 8 -m esolm_megatron train configs/paper/124m_alpha1.yaml data.path=runs/data/mine/tokens "
     "model.vocab_size=null": GPUS,
-    'srun --nodes 8 --ntasks-per-node 1 torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint '
-    '"$HEAD_NODE:29500" -m esolm_megatron train configs/scale/7b.yaml data.path=runs/data/mine/tokens': GPUS,
 }  # fmt: skip
 
 SMALLER = {
