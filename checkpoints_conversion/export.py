@@ -95,6 +95,7 @@ def export_run(
         alpha_0,
         _reader(checkpoint, kind),
         dtype=dtype,
+        cross_document=checkpoint.config_tree.get("data", {}).get("cross_document", True),
         facts=facts,
         tokenizer_folder=folder,
         extra=hub.files(config, alpha_0, facts, folder),

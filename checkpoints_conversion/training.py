@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -45,7 +46,8 @@ def start_run(model_folder: str | Path, run_dir: str | Path, *, progress: Progre
         raise PretrainedError(f"{run}: exists and is not empty; give a new folder, or remove it first")
     partial, config = run.with_name(f".{run.name}.partial"), info.model
     shutil.rmtree(partial, ignore_errors=True)
-    model = {"model": config.model_dump(mode="json"), "objective": {"alpha_0": info.alpha_0}}
+    model: dict[str, Any] = {"model": config.model_dump(mode="json"), "objective": {"alpha_0": info.alpha_0}}
+    model["data"] = {"cross_document": info.cross_document}
     tokens, positions = probe_row(config)
     try:
         staging, groups = staging_folder(partial, 0), list(_groups(tensors.shapes))

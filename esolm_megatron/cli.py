@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 
 from esolm_megatron import __version__
-from esolm_megatron.commands import data, model, run
+from esolm_megatron.commands import data, jobs, model, run
 from esolm_megatron.config import UserError
 
 
@@ -39,12 +39,32 @@ def parser() -> argparse.ArgumentParser:
         if name == "plan":
             made.add_argument("--device", default="H100", help="GPU that is planned for")
             made.add_argument("--mfu", type=float, default=0.4, help="share of its peak that is assumed")
-    made = verb("data", data.run, "tokens: prepare, verify, show, train-tokenizer, corpus")
-    made.add_argument("action", choices=["prepare", "verify", "show", "train-tokenizer", "corpus"])
+    made = verb("launch", jobs.run_launch, "start the run of a YAML file on a cluster, and keep it alive there")
+    made.add_argument("path", metavar="RUN.yaml")
+    made.add_argument("--on", required=True, metavar="CLUSTER.yaml", help="see slurm/clusters")
+    made.add_argument("--dry-run", action="store_true", help="print what would be submitted, and what it will cost")
+    made.add_argument("--local", action="store_true", help="run the job here, without SLURM")
+    made.add_argument("--prepare", action="store_true", help="fill the run folder, for slurm/train.sbatch")
+    made.add_argument("--resume", action="store_true", help="continue the run that is in the run folder")
     made.add_argument(
-        "path", metavar="PATH", help="a YAML file (prepare), prepared data (verify, show), text, or a folder"
+        "--sweep", action="append", default=[], metavar="field=a,b", help="one run for each value (an array)"
     )
-    fields(made, "override fields")
+    made.add_argument(
+        "--chain", type=int, default=1, metavar="N", help="N jobs after each other, where nothing may requeue"
+    )
+    fields(made, "override section.field of RUN.yaml")
+    made = verb("jobs", jobs.run_jobs, "state, speed and restarts of launched runs; stop, requeue or read one")
+    made.add_argument(
+        "words", nargs="*", metavar="FOLDER", help="a folder of runs, or: stop RUN, requeue RUN, logs RUN"
+    )
+    made.add_argument("--watch", action="store_true", help="again and again")
+    made.add_argument("--every", type=float, default=5.0, metavar="S", help="seconds between, with --watch")
+    made = verb("data", data.run, "tokens: prepare, verify, show, mix, train-tokenizer, corpus")
+    made.add_argument("action", choices=["prepare", "verify", "show", "mix", "train-tokenizer", "corpus"])
+    made.add_argument(
+        "path", metavar="PATH", help="a YAML file (prepare, mix), prepared data (verify, show), text, or a folder"
+    )
+    fields(made, "override fields; mix: those of the run, and plot=FILE.png")
     made = verb("eval", model.run_eval, "perplexity bounds of a converted model")
     made.add_argument("path", metavar="MODEL", help="folder made by esolm convert")
     fields(made, ", ".join(model.EvalOptions.model_fields))
@@ -77,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.verb == "convert" and args.out is None and not word.startswith("-") and "=" not in word:
             args.out = word
             continue
-        if word.startswith("-") or "=" not in word or args.verb == "doctor":
+        if word.startswith("-") or "=" not in word or args.verb in ("doctor", "jobs"):
             grammar.error(f"unrecognised: {word}")
         args.overrides = [*args.overrides, word]
     try:

@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from esolm_megatron.legal import layout_problems, world_problems  # noqa: F401 - callers of a Config ask here
-from esolm_megatron.sections import DataConfig, GuardConfig, Section, WatchdogConfig
+from esolm_megatron.sections import DataConfig, GuardConfig, Section, WatchdogConfig, data_problems
 
 
 class UserError(Exception):
@@ -317,6 +317,7 @@ _CHECKS = (
     _batch_problems,
     layout_problems,
     _schedule_problems,
+    data_problems,
 )
 
 

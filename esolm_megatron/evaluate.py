@@ -19,7 +19,6 @@ from rich.table import Table
 from torch import Tensor
 
 from esolm_megatron.config import ObjectiveConfig
-from esolm_megatron.model.attention import PackedAttention
 from esolm_megatron.model.transformer import EsoLM
 from esolm_megatron.objective.esolm import DIFFUSION, SEQUENTIAL, draw_orders, draw_validation
 from esolm_megatron.objective.likelihood import importance_weighted, log_likelihood
@@ -69,26 +68,36 @@ class Evaluation:
 
 @torch.inference_mode()
 def evaluate(
-    model: EsoLM, batches: Batches, objective: ObjectiveConfig, *, orders: int = 1, seed: int = 0, batch_size: int = 8
+    model: EsoLM,
+    batches: Batches,
+    objective: ObjectiveConfig,
+    *,
+    orders: int = 1,
+    seed: int = 0,
+    batch_size: int = 8,
+    documents: NDArray[np.int64] | None = None,
 ) -> Evaluation:
     """The bounds of all sequences that `batches` gives, on the model's device.
 
     objective: gives alpha_0 and the time range; the bound is always the `elbo` one, on both parts of every sequence.
     orders: K, how many orders are drawn for each sequence: `any_order` is their mean, `importance_weighted` their
     log-mean-exp, the same number at K = 1. batch_size: sequences in one pass; the numbers do not depend on it.
+    documents: (sequences, L) from `document_numbers`, for a model whose attention stays inside documents.
 
     Raises:
-        ValueError: no valid token, tokens outside the vocabulary, sequences of different lengths, or a count below 1.
+        ValueError: no valid token, tokens outside the vocabulary, sequences of different lengths, documents of other
+            sequences, or a count below 1.
     """
     for name, count in (("orders", orders), ("batch_size", batch_size)):
         if count < 1:
             raise ValueError(f"{name} = {count}: must be at least 1")
     orders = orders if objective.alpha_0 > 0 else 1  # all orders are the same one
-    tokens, valid = _all_rows(batches, model.shape.mask_id)
+    text = _all_rows(batches, documents, model.shape.mask_id)
+    tokens, valid, _ = text
     chunks = [slice(i, i + batch_size) for i in range(0, len(tokens), batch_size)]
     counts = valid.sum(1).astype(np.float64)
-    parts = np.concatenate([_bound_parts(model, tokens, valid, rows, objective, seed) for rows in chunks])
-    log_p = torch.cat([_order_log_p(model, tokens, valid, rows, objective.alpha_0, orders, seed) for rows in chunks], 1)
+    parts = np.concatenate([_bound_parts(model, text, rows, objective, seed) for rows in chunks])
+    log_p = torch.cat([_order_log_p(model, text, rows, objective.alpha_0, orders, seed) for rows in chunks], 1)
     tight = -importance_weighted(log_p).numpy()
     loose = -log_p.mean(0).numpy()
     each = "left to right" if objective.alpha_0 == 0 else f"{orders} order{'s' if orders > 1 else ''} a sequence"
@@ -107,37 +116,42 @@ def evaluate(
     )
 
 
-def _all_rows(batches: Batches, mask_id: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+_Text = tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64] | None]
+"""Tokens, validity and numbers of documents, each (sequences, L)."""
+
+
+def _all_rows(batches: Batches, documents: NDArray[np.int64] | None, mask_id: int) -> _Text:
     pairs = [(np.asarray(tokens), np.asarray(valid, bool)) for tokens, valid in batches]
     if len({tokens.shape[1] for tokens, _ in pairs}) > 1:
         raise ValueError(f"sequences have lengths {sorted({t.shape[1] for t, _ in pairs})}; pad them to one length")
     if not any(valid.any() for _, valid in pairs):
         raise ValueError("no valid token to evaluate on: the text is empty, or shorter than one sequence")
     tokens, valid = (np.concatenate(x) for x in zip(*pairs, strict=True))
+    if documents is not None and documents.shape != tokens.shape:
+        raise ValueError(f"documents {documents.shape} must have the shape of all sequences, {tokens.shape}")
     keep = valid.any(1)
     tokens, valid = np.where(valid, tokens, 0)[keep].astype(np.int64), valid[keep]
     if not 0 <= tokens.min() <= tokens.max() < mask_id:
         raise ValueError(f"tokens: ids must lie in 0 to {mask_id - 1}, found {tokens.min()} to {tokens.max()}")
-    return tokens, valid
+    return tokens, valid, None if documents is None else documents[keep]
 
 
-def _bound_parts(
-    model: EsoLM,
-    tokens: NDArray[np.int64],
-    valid: NDArray[np.bool_],
-    rows: slice,
-    objective: ObjectiveConfig,
-    seed: int,
-) -> NDArray[np.float64]:
+def _bound_parts(model: EsoLM, text: _Text, rows: slice, objective: ObjectiveConfig, seed: int) -> NDArray[np.float64]:
     """Nats of the two parts of the bound for each sequence: (B, 2)."""
+    tokens, valid, documents = text
     ids = np.arange(len(tokens))[rows]
     noised = draw_validation(
-        tokens[rows], valid[rows], ids, len(tokens), objective, mask_id=model.shape.mask_id, key=(seed, "evaluate")
+        tokens[rows],
+        valid[rows],
+        ids,
+        len(tokens),
+        objective,
+        mask_id=model.shape.mask_id,
+        key=(seed, "evaluate"),
+        documents=None if documents is None else documents[rows],
     )
     batch = noised.micro_batches[0].to(model.embedding.weight.device)
-    losses = model(
-        batch.tokens, batch.positions, PackedAttention(batch.layout), places=batch.places, targets=batch.targets
-    )
+    losses = model(batch.tokens, batch.positions, batch.attend, targets=batch.targets, last=batch.last)
     present = (noised.num_valid > 0).nonzero()[:, 0].tolist()  # which parts there are, each one row a sequence
     sums = torch.zeros(len(present) * len(ids), dtype=torch.float64, device=losses.device)
     sums.index_add_(0, batch.sources, losses.double() * batch.weights)
@@ -146,22 +160,16 @@ def _bound_parts(
     return parts
 
 
-def _order_log_p(
-    model: EsoLM,
-    tokens: NDArray[np.int64],
-    valid: NDArray[np.bool_],
-    rows: slice,
-    alpha_0: float,
-    num_orders: int,
-    seed: int,
-) -> Tensor:
+def _order_log_p(model: EsoLM, text: _Text, rows: slice, alpha_0: float, num_orders: int, seed: int) -> Tensor:
     """Exact log p(x | order_k): (K, B) fp64 on the CPU."""
+    tokens, valid, documents = text
     device, ids = model.embedding.weight.device, np.arange(len(tokens))[rows]
     x, scored = torch.from_numpy(tokens[rows]).to(device), torch.from_numpy(valid[rows]).to(device)
+    owners = None if documents is None else torch.from_numpy(documents[rows])
     out = []
     for k in range(num_orders):
-        order = draw_orders(valid[rows], ids, alpha_0, seed, "evaluate", k)
-        out.append(log_likelihood(model, x, torch.from_numpy(order).to(device), scored=scored).double().cpu())
+        order = torch.from_numpy(draw_orders(valid[rows], ids, alpha_0, seed, "evaluate", k)).to(device)
+        out.append(log_likelihood(model, x, order, scored=scored, documents=owners).double().cpu())
     return torch.stack(out)
 
 

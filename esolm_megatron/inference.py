@@ -22,11 +22,12 @@ class PretrainedEsoLM:
     """A network with what is needed to use it.
 
     config: its shape. model: the network; its parameters take gradients. alpha_0: share of tokens made by diffusion in
-    training. folder: where it was loaded from, if it was.
+    training. folder: where it was loaded from, if it was. cross_document: whether attention crossed the boundaries of
+    documents in training; if not, give rows of several documents with their `documents`.
     """
 
-    def __init__(self, model: EsoLM, alpha_0: float, folder: Path | None = None):
-        self.model, self.alpha_0, self.folder = model, alpha_0, folder
+    def __init__(self, model: EsoLM, alpha_0: float, folder: Path | None = None, *, cross_document: bool = True):
+        self.model, self.alpha_0, self.folder, self.cross_document = model, alpha_0, folder, cross_document
         self.config: ModelConfig = model.shape
 
     @property
@@ -45,11 +46,15 @@ class PretrainedEsoLM:
             raise ValueError("tokenizer: this model was not loaded from a folder; use load_pretrained(folder)")
         return load_tokenizer(self.folder.resolve())
 
-    def log_likelihood(self, tokens: Tensor, order: Tensor, scored: Tensor | None = None) -> Tensor:
+    def log_likelihood(
+        self, tokens: Tensor, order: Tensor, scored: Tensor | None = None, documents: Tensor | None = None
+    ) -> Tensor:
         """log p(tokens | order) of each row, one token a step: (B,), exact, with gradients, on the model's device.
 
         tokens, order: (B, L) int64; `order[k]` is the position generated k-th. scored: (B, L) bool, the positions whose
         log-probabilities are summed, all by default: leave out a prompt (first in the order) or padding (last in it).
+        documents: (B, L) int64 from 0, the document of each position, where a token may see only its own; a model that was
+        trained with data.cross_document=false expects it of rows that hold several.
 
         Raises:
             ValueError: shapes differ, a row of `order` is no permutation, or a token is outside the vocabulary.
@@ -59,7 +64,7 @@ class PretrainedEsoLM:
             if scored.shape != tokens.shape:
                 raise ValueError(f"scored {tuple(scored.shape)} must have the shape of tokens, {tuple(tokens.shape)}")
             scored = scored.to(self.device, torch.bool)
-        return log_likelihood(self.model, tokens, order, scored=scored)
+        return log_likelihood(self.model, tokens, order, scored=scored, documents=documents)
 
     def sample(
         self,
@@ -138,4 +143,5 @@ def load_pretrained(
         ValueError: the folder holds no such model, or a damaged one.
     """
     info = read_config(folder)
-    return PretrainedEsoLM(load_model(folder, dtype, device), info.alpha_0, Path(folder))
+    model = load_model(folder, dtype, device)
+    return PretrainedEsoLM(model, info.alpha_0, Path(folder), cross_document=info.cross_document)

@@ -16,6 +16,8 @@ from rich.text import Text
 
 from esolm_megatron.config import Config, ConfigError, ModelConfig, with_values, world_problems
 from esolm_megatron.model.size import (
+    KEPT_CHUNKS,
+    LOGITS_PER_CHUNK,
     flops_per_step,
     layers_of_stages,
     mask_capacity,
@@ -316,9 +318,13 @@ def channels_per_token(model: ModelConfig, recompute: str, tensor_size: int, seq
 
 
 def _logits_bytes(config: Config) -> int:
-    """Three fp32 copies of a rank's part of the logits (themselves, softmax, gradient), were every place of it masked."""
+    """Logits in fp32 that the loss keeps, and two chunks at work, were every place masked; and the head's gradient in fp32
+    where there are several chunks (model/loss.py).
+    """
     diffusion, _ = _rows(config)
     plain = 0 if config.objective.diffusion_loss == "any_order" else diffusion * config.model.seq_length
     places, tensor_size = plain + _mask_places(config), config.parallel.tensor_size
-    places = -(-places // config.parallel.context_size)
-    return 3 * FP32 * places * (padded_vocab(config.model.vocab, tensor_size) // tensor_size)
+    vocab = padded_vocab(config.model.vocab, tensor_size) // tensor_size
+    whole = -(-places // config.parallel.context_size) * vocab
+    held = min(whole, KEPT_CHUNKS * LOGITS_PER_CHUNK) + 2 * min(whole, LOGITS_PER_CHUNK)
+    return FP32 * (held + (vocab * config.model.hidden_size if whole > LOGITS_PER_CHUNK else 0))

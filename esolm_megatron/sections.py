@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
 
@@ -46,14 +49,87 @@ class WatchdogConfig(Section):
     """Seconds that anything else may take: start, first step, validation, saving, going back to a checkpoint."""
 
 
-class DataConfig(Section):
-    """Which prepared tokens are read."""
+class SourceConfig(Section):
+    """One source of a mixture."""
 
-    path: str
-    """Folder made by `esolm data prepare`."""
+    path: str = Field(min_length=1)
+    """Prepared tokens: as `data.path`."""
+    weight: float = Field(1.0, ge=0, allow_inf_nan=False)
+    """Its share of the samples, relative to the other sources."""
+
+
+class WeightChange(Section):
+    """Weights that hold from a step on."""
+
+    step: int = Field(ge=1)
+    """The first batch, counted from 0, that is drawn with them."""
+    weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+    """New weight by name of source; a source that is not named keeps its weight."""
+
+
+class DataConfig(Section):
+    """Which prepared tokens are read, and how."""
+
+    path: str | None = Field(None, min_length=1)
+    """Folder made by `esolm data prepare`, local, http(s)://, s3:// or pipe: with a command that writes the file {name}."""
     num_lanes: int = Field(16, ge=1)
     """Independent read positions that a batch is drawn from."""
     shuffle_window: int = Field(512, ge=1)
     """Sequences permuted together within a lane."""
     prefetch_batches: int = Field(4, ge=1)
     """Batches read ahead by a thread."""
+    cross_document: bool = True
+    """Attention crosses the boundaries of documents that share a row; false means that a token sees only its own."""
+    sources: dict[str, SourceConfig] = {}
+    """Instead of `data.path`: a mixture, {name: {path, weight}}."""
+    weight_changes: tuple[WeightChange, ...] = ()
+    """Steps from which the sources have other weights."""
+    cache_dir: str | None = Field(None, min_length=1)
+    """Folder on a local disk for shards of remote sources, shared by the processes of a node."""
+    cache_gb: float = Field(100.0, gt=0)
+    """Most that may lie in it, in 10^9 bytes; what was not used for longest is removed."""
+    prefetch_shards: int = Field(8, ge=1)
+    """Remote shards fetched before their first row is wanted."""
+    retries: int = Field(5, ge=0)
+    """Times that a failed download is tried again, after 0.5 s, then twice as long each time, give or take half."""
+    timeout_s: float = Field(30.0, gt=0)
+    """Seconds without a byte after which a download has failed."""
+    on_corrupt: Literal["error", "skip"] = "error"
+    """A row that cannot be read ends the run, or is left blank: it weighs nothing, and is listed in events.jsonl."""
+    max_corrupt_rows: int = Field(1000, ge=0)
+    """With skip: more blank rows than this end the run."""
+
+
+def data_problems(c: Any) -> Iterator[str]:
+    """What does not fit together in the section of data."""
+    d = c.data
+    if d.path is None and not d.sources:
+        yield "data.path: missing; give it a value"
+    if d.path is not None and d.sources:
+        yield f"data.path = {d.path}: data.sources is given too; give one of them"
+    if d.weight_changes and not d.sources:
+        yield "data.weight_changes: needs data.sources"
+    if d.sources and not any(source.weight for source in d.sources.values()):
+        yield "data.sources: all weights are 0; give one of them a weight"
+    weights = {name: source.weight for name, source in d.sources.items()}
+    steps = [change.step for change in d.weight_changes]
+    if steps != sorted(set(steps)):
+        yield f"data.weight_changes: steps {steps} must rise"
+    for change in d.weight_changes if d.sources else ():
+        unknown = [name for name in change.weights if name not in weights]
+        if unknown:
+            yield f"data.weight_changes: step {change.step} names {unknown[0]!r}; data.sources has {', '.join(weights)}"
+        weights |= change.weights
+        if not any(weights.values()):
+            yield f"data.weight_changes: from step {change.step} on all weights are 0"
+    paths = [d.path, *(source.path for source in d.sources.values())]
+    for path in (path for path in paths if path and is_remote(path)):
+        if d.cache_dir is None:
+            yield f"data.cache_dir = null: {path} is not on this machine; give a folder on a local disk for its shards"
+        if path.startswith("pipe:") and "{name}" not in path:
+            yield f"{path}: the command must have {{name}} where the file's name belongs"
+
+
+def is_remote(path: str) -> bool:
+    """Whether files of `path` are fetched, and not read where they are."""
+    return path.startswith("pipe:") or "://" in path

@@ -34,6 +34,23 @@ NOT_RUN = {
     "bash tools/test.sh": "runs these tests",
     "pip install torch": INSTALLS,
     "pip install -e '.[train]'": INSTALLS,
+    "pip install -e '.[train,slurm]'": INSTALLS,
+    **dict.fromkeys(
+        [
+            'sinfo -o "%R %D %l %c %m %G"',
+            "scontrol show partition",
+            "srun --partition gpu --nodes 2 --ntasks-per-node 8 --gpus-per-node 8 bash -c 'hostname; nvidia-smi -L | wc -l'",
+            "esolm launch configs/debug/tiny.yaml --on slurm/clusters/debug.yaml train.micro_batch_size=4 --dry-run",
+            "esolm launch configs/debug/tiny.yaml --on slurm/clusters/debug.yaml train.micro_batch_size=4",
+            "esolm launch configs/scale/7b.yaml --on slurm/clusters/example.yaml data.path=runs/data/mine/tokens",
+            "esolm jobs runs --watch",
+            "esolm jobs runs",
+            "esolm jobs logs runs/NAME",
+            "esolm jobs stop runs/NAME",
+            "esolm jobs requeue runs/NAME",
+        ],
+        "needs SLURM; tests/slurm runs each kind of it",
+    ),
     "esolm convert reference.ckpt imported --from reference num_heads=12 length=1024": (
         "needs a checkpoint of the reference; tests/conversion makes and imports one"
     ),
@@ -42,8 +59,6 @@ NOT_RUN = {
     ),
     "torchrun --nproc-per-node 8 -m esolm_megatron train configs/paper/124m_alpha1.yaml data.path=runs/data/mine/tokens "
     "model.vocab_size=null": GPUS,
-    'srun --nodes 8 --ntasks-per-node 1 torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint '
-    '"$HEAD_NODE:29500" -m esolm_megatron train configs/scale/7b.yaml data.path=runs/data/mine/tokens': GPUS,
 }  # fmt: skip
 
 SMALLER = {

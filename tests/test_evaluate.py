@@ -14,7 +14,7 @@ from rich.console import Console
 from esolm_megatron.config import ObjectiveConfig
 from esolm_megatron.evaluate import as_dict, evaluate, table, unigram_entropy
 from esolm_megatron.model.attention import PackedAttention
-from esolm_megatron.objective.esolm import draw_validation, mean_loss, part_sums
+from esolm_megatron.objective.esolm import document_numbers, draw_validation, mean_loss, part_sums
 from esolm_megatron.objective.likelihood import log_likelihood
 
 NAMES = ("nelbo", "any_order", "importance_weighted")
@@ -43,9 +43,7 @@ def test_nelbo_is_the_training_loss_of_both_parts_on_every_row(alpha_0, padding)
         np.where(valid, tokens, 3), valid, np.arange(7), 7, objective, mask_id=22, key=(5, "evaluate")
     )
     batch = noised.micro_batches[0]
-    losses = model(
-        batch.tokens, batch.positions, PackedAttention(batch.layout), places=batch.places, targets=batch.targets
-    )
+    losses = model(batch.tokens, batch.positions, batch.attend, places=batch.places, targets=batch.targets)
     expected = mean_loss(part_sums(losses, batch), noised.num_valid).item()
     for batch_size in (1, 2, 7, 50):
         found = evaluate(model, random_batches(padding=padding), objective, seed=5, batch_size=batch_size)
@@ -69,6 +67,28 @@ def test_alpha_0_of_zero_is_the_exact_left_to_right_likelihood():
         assert estimate.nats_per_token == pytest.approx(exact / valid.sum(), rel=1e-12)
         assert estimate.perplexity == pytest.approx(math.exp(exact / valid.sum()), rel=1e-12)
         assert "left to right" in estimate.estimator
+
+
+def test_inside_documents_each_is_scored_alone():
+    """At alpha_0 = 0 all bounds are the exact likelihood, of each document as if it were a row."""
+    model = random_model()
+    tokens, valid = joined(random_batches(padding=4))
+    documents = document_numbers([np.array([3, 4, 9])] * 7, valid)
+    documents[6] = 0
+    exact = 0.0
+    for row, numbers in enumerate(documents):
+        for number in set(numbers[valid[row]].tolist()):
+            x = torch.from_numpy(tokens[row, (numbers == number) & valid[row]])[None]
+            exact -= log_likelihood(model, x, torch.arange(x.shape[1])[None]).item()
+    batches = [*random_batches(padding=4), (np.zeros((1, 13), int), np.zeros((1, 13), bool))]  # a row that is left out
+    documents = np.concatenate([documents, np.zeros((1, 13), int)])
+    found = evaluate(model, batches, ObjectiveConfig(alpha_0=0), documents=documents, batch_size=3)
+    for estimate in found.estimates.values():
+        assert estimate.nats_per_token == pytest.approx(exact / valid.sum(), rel=1e-12)
+    across = evaluate(model, batches, ObjectiveConfig(alpha_0=0))
+    assert across.nelbo.nats_per_token != pytest.approx(exact / valid.sum(), rel=1e-2)
+    with pytest.raises(ValueError, match=r"documents \(8, 12\) must have the shape of all sequences, \(8, 13\)"):
+        evaluate(model, batches, ObjectiveConfig(alpha_0=0), documents=documents[:, 1:])
 
 
 def test_any_order_and_importance_weighted_reach_their_exact_values():

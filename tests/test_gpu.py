@@ -4,7 +4,7 @@ import pytest
 import torch
 from truth import MODERN, make_config, plain_loss, plain_model, share_of_step
 
-from esolm_megatron.model.attention import PackedAttention, mask_stream_attention
+from esolm_megatron.model.attention import mask_stream_attention
 from esolm_megatron.model.layers import PlainLinears
 from esolm_megatron.model.transformer import EsoLM
 from esolm_megatron.objective.esolm import part_sums
@@ -30,8 +30,9 @@ def test_mask_stream_in_bf16_is_the_fp32_one(capacity, length):
 
 @pytest.mark.parametrize("alpha_0", [0.0, 0.25, 1.0])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
-def test_loss_and_gradients_are_those_of_the_cpu(alpha_0, dtype, tolerance):
-    config = make_config(WIDE, objective={"alpha_0": alpha_0})
+@pytest.mark.parametrize("cross_document", [True, False])
+def test_loss_and_gradients_are_those_of_the_cpu(alpha_0, dtype, tolerance, cross_document):
+    config = make_config(WIDE, objective={"alpha_0": alpha_0}, data={"cross_document": cross_document})
     noised = share_of_step(config, 0, num_micro_batches=1)
     model = plain_model(config)
     loss = plain_loss(model, noised)
@@ -39,9 +40,7 @@ def test_loss_and_gradients_are_those_of_the_cpu(alpha_0, dtype, tolerance):
     there = EsoLM(config.model, PlainLinears(dtype, "cuda"))
     there.load_state_dict(model.state_dict())
     batch = noised.micro_batches[0].to(torch.device("cuda"))
-    losses = there(
-        batch.tokens, batch.positions, PackedAttention(batch.layout), places=batch.places, targets=batch.targets
-    )
+    losses = there(batch.tokens, batch.positions, batch.attend, targets=batch.targets, last=batch.last)
     assert losses.dtype == torch.float32
     own = (part_sums(losses, batch) / noised.num_valid.clamp(min=1).to(losses)).sum()
     own.backward()

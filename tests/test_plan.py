@@ -69,7 +69,9 @@ def test_memory_is_the_sum_of_its_parts():
     # 16 diffusion rows of 1024; 16 sequential ones of 1024 and 640 masks (512 + 6 x 16 = 608, up to a multiple of 64)
     assert cost.packed_tokens == 32 * 1024 + 16 * 640
     assert stage.activations == (12 * (6 * 768 + 5 * 768 + 2 * 3072) + 768) * cost.packed_tokens * 2
-    assert stage.logits == 3 * 4 * 16 * (1024 + 640) * 50258
+    # 16 (1024 + 640) x 50258 logits are 40 chunks: four are kept, two at work; the head's gradient is added up in fp32
+    assert stage.logits == 4 * (6 * 2**25 + 50258 * 768)
+    assert plan(load(BASELINE, ["model.vocab_size=1000"]), 8).stages[0].logits == 3 * 4 * 16 * (1024 + 640) * 1000
     parts = (stage.weights, stage.gradients, stage.optimizer, stage.buckets, stage.activations, stage.logits)
     assert stage.total == sum(parts) == cost.memory_per_rank
 
@@ -116,7 +118,10 @@ def test_context_ranks_share_activations_and_zero_stages_share_states():
         2,
         plan(load(BASELINE), 2).packed_tokens,
     )
-    assert (split.activations, split.logits) == (whole.activations // 2, whole.logits // 2)
+    assert (split.activations, split.logits) == (whole.activations // 2, whole.logits)
+    few = [load(BASELINE, ["model.vocab_size=1000", f"parallel.context_size={size}"]) for size in (1, 2)]
+    one, two = (plan(config, 2).stages[0].logits for config in few)
+    assert two == one // 2
     assert split.optimizer == whole.optimizer == whole.parameters // 2 * 16
     for zero, parts in ((0, (1, 1, 1)), (1, (1, 1, 2)), (2, (1, 2, 2)), (3, (2, 2, 2))):
         (stage,) = plan(load(BASELINE, [f"parallel.zero_stage={zero}"]), 2).stages

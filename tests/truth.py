@@ -4,11 +4,10 @@ import numpy as np
 import torch
 
 from esolm_megatron.config import check
-from esolm_megatron.model.attention import PackedAttention
 from esolm_megatron.model.layers import PlainLinears
 from esolm_megatron.model.size import mask_capacity
 from esolm_megatron.model.transformer import EsoLM, initialise
-from esolm_megatron.objective.esolm import draw_step, mean_loss, part_sums
+from esolm_megatron.objective.esolm import document_numbers, draw_step, mean_loss, part_sums
 
 MODERN = {
     "num_layers": 4,
@@ -57,12 +56,20 @@ def make_config(model=MODERN, **sections):
     return check(tree)
 
 
+def random_documents(seed, rows, length):
+    """Numbers of random documents, (rows, L): row 0 is one document, in row 1 each token is one."""
+    starts = np.random.default_rng([seed, 7]).random((rows, length)) < 4 / length
+    starts[:2] = [[False], [True]]
+    return document_numbers([np.flatnonzero(row) for row in starts], np.ones((rows, length), bool))
+
+
 def share_of_step(config, step, data_rank=0, data_size=1, num_micro_batches=None):
     """A data rank's noised share of a global batch of random tokens."""
     m, t = config.model, config.train
     generator = np.random.default_rng(step)
     tokens = generator.integers(0, m.mask_id, (t.global_batch_size, m.seq_length))
     rows = np.arange(data_rank, t.global_batch_size, data_size)
+    documents = random_documents(step, t.global_batch_size, m.seq_length)[rows]
     count = num_micro_batches or t.global_batch_size // (t.micro_batch_size * data_size)
     return draw_step(
         tokens[rows],
@@ -74,6 +81,7 @@ def share_of_step(config, step, data_rank=0, data_size=1, num_micro_batches=None
         num_micro_batches=count,
         capacity=mask_capacity(m.seq_length, config.objective.alpha_0),
         key=(config.seed, step),
+        documents=None if config.data.cross_document else documents,
     )
 
 
@@ -89,7 +97,7 @@ def plain_loss(model, noised):
     losses = model(
         batch.tokens,
         batch.positions,
-        PackedAttention(batch.layout),
+        batch.attend,
         places=batch.places,
         targets=batch.targets,
         dropout_ids=batch.dropout_ids,

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from esolm_megatron.config import ModelConfig, ObjectiveConfig
-from esolm_megatron.model.attention import PackedAttention
 from esolm_megatron.objective.esolm import draw_diffusion, draw_sequential, pack
 from esolm_megatron.sample import binomial_schedule, decode
 from esolm_megatron.sample import draw_orders as sampling_orders
@@ -50,7 +49,7 @@ def packed_row(kind: str) -> dict:
         batch = pack(None, [(drawn, CAPACITY, 1)], MASK, *key)
     count = batch.layout.num_tokens
     zeros, names = torch.zeros(count, 1, count), torch.eye(count)[:, None]
-    sees = PackedAttention(batch.layout)(0, zeros, zeros, names)[:, 0] > 0
+    sees = batch.attend(0, zeros, zeros, names)[:, 0] > 0
     return {
         "order": drawn.order[0].tolist(),
         "fed": batch.tokens.tolist(),

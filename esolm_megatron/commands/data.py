@@ -1,4 +1,4 @@
-"""`esolm data`: prepare, verify, show, train-tokenizer, corpus."""
+"""`esolm data`: prepare, verify, show, mix, train-tokenizer, corpus."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def run(args: argparse.Namespace) -> int:
         "show": _data_show,
         "train-tokenizer": _data_train_tokenizer,
         "corpus": _data_corpus,
+        "mix": _data_mix,
     }[args.action](args)
 
 
@@ -34,9 +35,12 @@ def _data_prepare(args: argparse.Namespace) -> int:
 def _data_verify(args: argparse.Namespace) -> int:
     from esolm_megatron.data.verify import verify
 
-    report = verify(args.path)
+    class VerifyOptions(Section):
+        plot: str | None = None
+
+    report = verify(args.path, **options(VerifyOptions, args.overrides).model_dump())
     show(
-        "\n".join([f"{args.path}: {'sound' if report.ok else 'DAMAGED'}", *report.problems]),
+        "\n".join([f"{args.path}: {'sound' if report.ok else 'DAMAGED'}", *report.problems, str(report)]),
         lambda: vars(report),
         args.json,
     )
@@ -51,18 +55,22 @@ def _data_show(args: argparse.Namespace) -> int:
         rows: int = 4
         seq_length: int = 256
 
-    texts = decoded(args.path, **options(ShowOptions, args.overrides).model_dump())
+    rows = decoded(args.path, **options(ShowOptions, args.overrides).model_dump())
     if args.json:
-        print(json.dumps(texts))
+        print(json.dumps([vars(row) for row in rows]))
         return 0
-    for i, text in enumerate(texts):
-        Console().rule(f"row {i}")
-        print(text)
+    console = Console()
+    for number, row in enumerate(rows):
+        console.rule(f"row {number}", characters="=")
+        for place, part in enumerate(row.parts):
+            if place or not row.continues:
+                console.rule("a document starts", align="left", style="dim")
+            print(part)
     return 0
 
 
 def _data_train_tokenizer(args: argparse.Namespace) -> int:
-    from esolm_megatron.data.corpus import cut, find_files, read_documents
+    from esolm_megatron.data.inputs import cut, find_inputs, read_documents
     from esolm_megatron.data.tokenizer import train_tokenizer
 
     class TokenizerOptions(Section):
@@ -73,8 +81,8 @@ def _data_train_tokenizer(args: argparse.Namespace) -> int:
     chosen = options(TokenizerOptions, args.overrides)
     texts = (
         document[0]
-        for file in find_files([args.path])
-        for piece in cut(file, 1 << 26)
+        for file in find_inputs([args.path])
+        for piece in cut(file, 1 << 26, chosen.text_field)
         for document in read_documents(piece, chosen.text_field)
         if document is not None
     )
@@ -95,4 +103,16 @@ def _data_corpus(args: argparse.Namespace) -> int:
 
     size = write_corpus(args.path, options(CorpusOptions, args.overrides).max_bytes)
     show(f"{args.path}: {size:,} bytes of text", lambda: {"folder": args.path, "bytes": size}, args.json)
+    return 0
+
+
+def _data_mix(args: argparse.Namespace) -> int:
+    from esolm_megatron.config import load
+    from esolm_megatron.data.mix import mix
+
+    pictures = [word.partition("=")[2] for word in args.overrides if word.startswith("plot=")]
+    report = mix(load(args.path, [word for word in args.overrides if not word.startswith("plot=")]))
+    for file in pictures:
+        report.plot(file)
+    show(report.as_table(), report.as_dict, args.json)
     return 0

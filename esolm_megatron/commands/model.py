@@ -167,6 +167,7 @@ def run_eval(args: argparse.Namespace) -> int:
     from esolm_megatron import evaluate, load_pretrained
     from esolm_megatron.config import ObjectiveConfig
     from esolm_megatron.data.stream import ValidationSet
+    from esolm_megatron.objective.esolm import document_numbers
 
     chosen = options(EvalOptions, args.overrides)
     model = load_pretrained(args.path)
@@ -180,6 +181,7 @@ def run_eval(args: argparse.Namespace) -> int:
         orders=chosen.orders,
         seed=chosen.seed,
         batch_size=chosen.batch_size,
+        documents=None if model.cross_document else document_numbers(rows.documents, rows.valid),
     )
     unigram = evaluate.unigram_entropy([(rows.tokens, rows.valid)])
     facts = {**evaluate.as_dict(result), "unigram_entropy": unigram}

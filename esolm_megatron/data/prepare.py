@@ -5,87 +5,61 @@
     records of all tasks -> index -> manifest
 
 A task is finished by its record in OUTPUT/work; a run that was killed does the other tasks when it is started again.
-What a task writes depends on its documents and the configuration alone. `num_processes` starts processes by spawn: a
-program that calls `prepare` needs an `if __name__ == "__main__"` guard.
+Standard input cannot be read twice: it is first copied to OUTPUT/stdin, which is deleted at the end like OUTPUT/work.
+`num_processes` starts processes by spawn: a program that calls `prepare` needs an `if __name__ == "__main__"` guard.
 """
 
 from __future__ import annotations
 
 import contextlib
-import difflib
+import errno
 import fcntl
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
+import signal
+import sys
+import threading
 import time
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
+from itertools import islice
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
-from pydantic import Field, ValidationError
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from esolm_megatron.config import ConfigError, Section, read_tree
-from esolm_megatron.data.corpus import Piece, check_first_line, cut, find_files, read_documents
+from esolm_megatron.config import ConfigError
+from esolm_megatron.data import hub, tasks
+from esolm_megatron.data.inputs import STDIN, Piece, check_input, cut, find_inputs
+from esolm_megatron.data.prepare_config import PrepareConfig, checked, load_prepare_config
 from esolm_megatron.data.shards import (
     BLOCK_DTYPE,
     FORMAT_VERSION,
     SPLITS,
     DataError,
     Manifest,
-    Packer,
     ShardReader,
-    ShardWriter,
-    npy_bytes,
+    SourceCounts,
     write_durably,
     write_manifest,
 )
-from esolm_megatron.data.stream import permutation
-from esolm_megatron.data.tokenizer import Tokenizer, TokenizerError, load_tokenizer
+from esolm_megatron.data.tasks import REASONS, Advance, Task
+from esolm_megatron.data.tokenizer import Tokenizer
 
-_BATCH_BYTES = 1 << 18
-_REASONS = ("unreadable", "too_short", "too_long", "duplicate")
+__all__ = ["PrepareConfig", "Summary", "load_prepare_config", "prepare"]
 
-
-class PrepareConfig(Section):
-    """How documents become shards of tokens."""
-
-    inputs: tuple[str, ...] = Field(min_length=1)
-    """Files, folders and globs of .txt, .py, .md (a document each), .jsonl and .jsonl.gz (a document a line)."""
-    output: str = Field(min_length=1)
-    """Folder that is written."""
-    tokenizer: str = "bytes"
-    """bytes, or a folder with tokenizer.json, or with vocab.json and merges.txt."""
-    text_field: str = "text"
-    """Field of a jsonl line that holds the text."""
-    validation_fraction: float = Field(0.005, ge=0, lt=1)
-    """Share of the documents kept for validation, chosen by their hash."""
-    block_tokens: int = Field(1 << 20, ge=2, lt=1 << 31)
-    """Tokens in a block: make it a multiple of seq_length, for a row lies within a block."""
-    shard_tokens: int = Field(1 << 27, ge=2)
-    """Tokens after which a new shard starts."""
-    task_bytes: int = Field(1 << 26, ge=1)
-    """Text that a process takes, shuffles and commits at once; it holds about three times that in memory."""
-    num_processes: int | None = Field(None, ge=1)
-    """Processes; null means one for each usable core. Changes no byte of the result."""
-    seed: int = Field(0, ge=0)
-    """Seed of the order of documents within a task."""
-    min_document_chars: int = Field(1, ge=1)
-    """Shorter documents are left out."""
-    max_document_chars: int | None = Field(None, ge=1)
-    """Longer documents are left out; null means none."""
-    deduplicate: bool = True
-    """Leave out all but the first of equal documents. Takes 8 bytes of memory a document."""
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_POLL_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -101,114 +75,51 @@ class Summary:
     """Tasks that an earlier, interrupted call had finished."""
 
     def __str__(self) -> str:
-        counts = self.manifest.documents
+        sources = self.manifest.sources
         lines = [f"{name}: {c.documents:,} documents, {c.tokens:,} tokens" for name, c in self.manifest.splits.items()]
-        left = ", ".join(f"{counts[reason]:,} {reason.replace('_', ' ')}" for reason in _REASONS)
-        return "\n".join(
-            [
-                *lines,
-                f"left out: {left}",
-                f"{self.manifest.text_bytes:,} bytes of text in {len(self.manifest.shards)} shards",
-            ]
-        )
+        lines += [f"left out: {_left_out(self.manifest.documents)}"]
+        if len(sources) > 1:
+            lines += [f"from {s.name}: {s.documents['kept']:,} kept, {_left_out(s.documents)}" for s in sources]
+        return "\n".join([*lines, f"{self.manifest.text_bytes:,} bytes of text in {len(self.manifest.shards)} shards"])
 
 
-@dataclass(frozen=True)
-class _Task:
-    number: int
-    pieces: tuple[Piece, ...]
-
-    @property
-    def bytes(self) -> int:
-        return sum(piece.stop - piece.start for piece in self.pieces)
+def _left_out(counts: dict[str, int] | Counter[str]) -> str:
+    return ", ".join(f"{counts[reason]:,} {reason.replace('_', ' ')}" for reason in REASONS)
 
 
-def load_prepare_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> PrepareConfig:
-    """The checked configuration of a YAML file with overrides `field=value`.
-
-    Raises:
-        ConfigError: with every problem, one a line, headed by the file's name.
-    """
-    tree = read_tree(path, overrides)
-    try:
-        config, problems = PrepareConfig.model_validate(tree), []
-    except ValidationError as error:
-        config, problems = None, [_problem(item) for item in error.errors()]
-    problems += _checked(config)[0] if config is not None else []
-    if config is None or problems:
-        raise ConfigError("\n".join([f"{path}:", *problems]))
-    return config
-
-
-def _problem(item: Any) -> str:
-    path = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "missing":
-        return f"{path}: missing; give it a value"
-    if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(path, PrepareConfig.model_fields, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(PrepareConfig.model_fields)}"
-        return f"{path} = {item['input']!r}: no such field; {hint}"
-    return f"{path} = {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
-
-
-def _checked(config: PrepareConfig) -> tuple[list[str], Tokenizer | None]:
-    """What is wrong with the configuration, and its tokenizer if there is one."""
-    c, out = config, []
-    if c.shard_tokens < c.block_tokens:
-        out.append(f"shard_tokens = {c.shard_tokens}: must be block_tokens = {c.block_tokens} or more")
-    if c.max_document_chars is not None and c.max_document_chars < c.min_document_chars:
-        out.append(
-            f"max_document_chars = {c.max_document_chars}: must be min_document_chars = {c.min_document_chars} or more"
-        )
-    try:
-        for path in find_files(c.inputs):
-            check_first_line(path, c.text_field)
-    except ConfigError as error:
-        out.append(str(error))
-    try:
-        return out, load_tokenizer(c.tokenizer)
-    except TokenizerError as error:
-        return [*out, f"tokenizer = {c.tokenizer!r}: {error}"], None
-
-
-def _tasks(config: PrepareConfig) -> list[_Task]:
-    """The inputs cut into tasks of about task_bytes, by sizes alone; small files share a task."""
-    tasks: list[_Task] = []
-    pieces: list[Piece] = []
-    size = 0
-    for piece in (piece for path in find_files(config.inputs) for piece in cut(path, config.task_bytes)):
-        pieces.append(piece)
-        size += piece.stop - piece.start
-        if size >= config.task_bytes:
-            tasks.append(_Task(len(tasks), tuple(pieces)))
-            pieces, size = [], 0
-    return [*tasks, _Task(len(tasks), tuple(pieces))] if pieces else tasks
-
-
-def prepare(config: PrepareConfig, progress: bool = True) -> Summary:
+def prepare(config: PrepareConfig, progress: bool = True, stdin: BinaryIO | None = None) -> Summary:
     """The summary of the folder `config.output`, which is written here, or continued, or found to be finished.
+
+    `stdin` stands for the process's standard input, which is read if `inputs` has "-".
 
     Raises:
         ConfigError: the configuration cannot run, or the folder was made with another one.
-        DataError: no document was left, an input changed meanwhile, or a process died.
+        DataError: no document was left, an input changed meanwhile, a process died, or the disk is full.
     """
     began = time.monotonic()
-    problems, tokenizer = _checked(config)
+    problems, tokenizer = checked(config)
     if problems or tokenizer is None:
         raise ConfigError("\n".join(problems))
-    folder, tasks = Path(config.output), _tasks(config)
-    with _claimed(folder):
-        _check_identity(folder, _identity(config, tokenizer, tasks))
-        resumed = len(tasks)
+    folder = Path(config.output)
+    with _claimed(folder), _space(folder):
+        old = _begun(folder)
+        spooled = _spool(config, folder, old, stdin or sys.stdin.buffer) if STDIN in config.inputs else None
+        pinned = old.get("pinned") or {a: hub.pinned(a) for a in find_inputs(config.inputs) if a.startswith(hub.SCHEME)}
+        work = _tasks(config, pinned, folder)
+        identity = {**_identity(config, tokenizer, work), "stdin": spooled, "pinned": pinned}
+        _check_identity(folder, old, identity)
+        resumed = len(work)
         if not (folder / "manifest.json").exists():
             for name in ("shards", "work"):
                 (folder / name).mkdir(exist_ok=True)
             tokenizer.save(folder / "tokenizer")
-            resumed = _run_tasks(config, folder, tokenizer, tasks, progress)
-            _finish(config, folder, tokenizer, tasks)
-        shutil.rmtree(folder / "work", ignore_errors=True)
+            tasks.loaded[tokenizer.fingerprint] = tokenizer
+            resumed = _run_tasks(config, folder, tokenizer, work, progress)
+            _finish(config, folder, tokenizer, work)
+        for name in ("work", "stdin"):
+            shutil.rmtree(folder / name, ignore_errors=True)
     manifest = ShardReader(folder).manifest
-    return Summary(folder, manifest, time.monotonic() - began, len(tasks), resumed)
+    return Summary(folder, manifest, time.monotonic() - began, len(work), resumed)
 
 
 @contextlib.contextmanager
@@ -228,25 +139,126 @@ def _claimed(folder: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def _identity(config: PrepareConfig, tokenizer: Tokenizer, tasks: list[_Task]) -> dict[str, Any]:
+@contextlib.contextmanager
+def _space(folder: Path) -> Iterator[None]:
+    """A full disk, met within the block, as one clear error; what was half written is removed."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_SPACE:
+            raise
+        _sweep(folder)
+        free = shutil.disk_usage(folder).free
+        raise DataError(
+            f"{folder}: cannot write: {os.strerror(error.errno).lower()} ({free / 1e6:,.0f} MB are free); make space and "
+            "start again: it continues, and nothing that was finished is lost"
+        ) from error
+
+
+def _sweep(folder: Path) -> None:
+    for path in (*folder.glob("*.tmp.*"), *folder.glob("*/*.tmp.*")):
+        path.unlink(missing_ok=True)
+
+
+def _begun(folder: Path) -> dict[str, Any]:
+    """What the run that began the folder wrote into prepare.json; empty if there was none.
+
+    Raises:
+        ConfigError: the folder holds something else.
+    """
+    path = folder / "prepare.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    foreign = sorted(
+        p.name for p in folder.iterdir() if p.name != "stdin" and not p.name.startswith("prepare.json.tmp.")
+    )
+    if foreign:
+        raise ConfigError(f"output = {str(folder)!r}: holds other files, as {foreign[0]}; choose a new folder")
+    return {}
+
+
+def _spool_path(config: PrepareConfig, folder: Path) -> Path:
+    return folder / "stdin" / ("stdin.jsonl" if config.stdin_format == "jsonl" else "stdin.txt")
+
+
+def _spool(config: PrepareConfig, folder: Path, old: dict[str, Any], stdin: BinaryIO) -> str:
+    """Bytes and hash of standard input, which is now in OUTPUT/stdin, or already in the finished shards.
+
+    A run that continues may be given the same text again, or nothing.
+
+    Raises:
+        ConfigError: it is empty, and no earlier run has read it; or it is another text.
+    """
+    path, seal = _spool_path(config, folder), folder / "stdin" / "sha256"
+    whole = (folder / "manifest.json").exists() or (path.exists() and seal.exists())
+    known = old.get("stdin") or (seal.read_text() if whole else None)
+    path.parent.mkdir(exist_ok=True)
+    digest, size = hashlib.sha256(), 0
+    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    with open(os.devnull if whole else temporary, "wb") as file:
+        while not stdin.isatty() and (data := stdin.read(1 << 20)):
+            digest.update(data)
+            size += file.write(data)
+        if not whole:
+            file.flush()
+            os.fsync(file.fileno())
+    found = f"{size} bytes, sha256 {digest.hexdigest()[:16]}"
+    if not size and not whole:
+        temporary.unlink()
+        raise ConfigError("inputs: - is standard input, and it is empty; pipe the text in, from its start")
+    if known and size and found != known:
+        raise ConfigError(
+            f"inputs: - has {found}, but output = {str(folder)!r} was begun with {known}; give the same text again, or "
+            "none (< /dev/null), or choose another folder"
+        )
+    if not whole:
+        os.replace(temporary, path)
+        if config.stdin_format == "jsonl":
+            check_input(str(path), config.text_field)
+        write_durably(seal, found.encode())
+    return known or found
+
+
+def _tasks(config: PrepareConfig, pinned: dict[str, str], folder: Path) -> list[Task]:
+    """The inputs cut into tasks of about task_bytes, by sizes alone; small files share a task."""
+    places = list(find_inputs(config.inputs).items())
+    if STDIN in config.inputs and _spool_path(config, folder).exists():
+        places.append((str(_spool_path(config, folder)), config.inputs.index(STDIN)))
+    made: list[Task] = []
+    pieces: list[Piece] = []
+    size = 0
+    for path, entry in sorted(places, key=lambda place: place[1]):
+        for piece in cut(pinned.get(path, path), config.task_bytes, config.text_field, entry):
+            pieces.append(piece)
+            size += piece.bytes
+            if size >= config.task_bytes or not piece.bytes:
+                made.append(Task(len(made), tuple(pieces)))
+                pieces, size = [], 0
+    return [*made, Task(len(made), tuple(pieces))] if pieces else made
+
+
+def _identity(config: PrepareConfig, tokenizer: Tokenizer, work: list[Task]) -> dict[str, Any]:
     """Whatever the bytes of the result depend on, by field; of the inputs their names and sizes."""
-    tree = config.model_dump(mode="json", exclude={"inputs", "output", "tokenizer", "num_processes"})
-    pieces = [[Path(p.path).name, p.start, p.stop] for task in tasks for p in task.pieces]
+    skipped = {"inputs", "output", "tokenizer", "num_processes"}
+    tree = {name: value for name, value in config.model_dump(mode="json").items() if name not in skipped}
+    pieces = [
+        [p.path if p.path.startswith(hub.SCHEME) else Path(p.path).name, p.start, p.stop]
+        for p in (p for task in work for p in task.pieces)
+        if config.inputs[p.entry] != STDIN
+    ]
     digest = hashlib.sha256(json.dumps(pieces).encode()).hexdigest()[:16]
-    files = len({p.path for task in tasks for p in task.pieces})
-    inputs = f"{files} files, {sum(task.bytes for task in tasks)} bytes, digest {digest}"
+    files = len({p.path for task in work for p in task.pieces if config.inputs[p.entry] != STDIN})
+    size = sum(p.bytes for task in work for p in task.pieces if config.inputs[p.entry] != STDIN)
+    inputs = f"{files} files, {size} bytes, digest {digest}"
     return {**tree, "format_version": FORMAT_VERSION, "inputs": inputs, "tokenizer": tokenizer.fingerprint[:16]}
 
 
-def _check_identity(folder: Path, identity: dict[str, Any]) -> None:
-    path = folder / "prepare.json"
-    if not path.exists():
-        foreign = sorted(p.name for p in folder.iterdir() if not p.name.startswith("prepare.json.tmp."))
-        if foreign:
-            raise ConfigError(f"output = {str(folder)!r}: holds other files, as {foreign[0]}; choose a new folder")
-        write_durably(path, (json.dumps(identity, indent=1, sort_keys=True) + "\n").encode())
+def _check_identity(folder: Path, old: dict[str, Any], identity: dict[str, Any]) -> None:
+    if not old:
+        write_durably(folder / "prepare.json", (json.dumps(identity, indent=1, sort_keys=True) + "\n").encode())
         return
-    old = json.loads(path.read_text())
+    fields = PrepareConfig.model_fields
+    old = {**{name: fields[name].default for name in identity if name in fields}, "stdin": None, "pinned": {}, **old}
     changed = [
         f"{name}: was {old.get(name)!r}, now {identity.get(name)!r}"
         for name in sorted({*old, *identity})
@@ -259,211 +271,124 @@ def _check_identity(folder: Path, identity: dict[str, Any]) -> None:
         )
 
 
-def _run_tasks(config: PrepareConfig, folder: Path, tokenizer: Tokenizer, tasks: list[_Task], progress: bool) -> int:
+def _run_tasks(config: PrepareConfig, folder: Path, tokenizer: Tokenizer, work: list[Task], progress: bool) -> int:
     """Number of tasks that were already done; the others are done here."""
-    for path in (*folder.glob("*.tmp.*"), *folder.glob("*/*.tmp.*")):
-        path.unlink(missing_ok=True)
-    todo = [task for task in tasks if not _is_done(folder, task)]
+    _sweep(folder)
+    todo = [task for task in work if not tasks.is_done(folder, task)]
     processes = config.num_processes or len(os.sched_getaffinity(0))
-    columns = (TextColumn("{task.description}"), BarColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(
+        TextColumn("{task.description}"),
+        *columns,
+        console=Console(stderr=True),
+        disable=not progress,
+        speed_estimate_period=300,
+    ) as bar:
         if config.deduplicate and todo:
-            unscanned = [task for task in tasks if not _scan_path(folder, task).exists()]
-            done = _line(bar, "scan", sum(task.bytes for task in unscanned))
-            _run(partial(_scan, config=config, folder=folder), unscanned, processes, done)
-            _mark_duplicates(folder, tasks)
-        done = _line(bar, "tokenize", sum(task.bytes for task in todo))
-        work = partial(_tokenize, config=config, folder=folder, fingerprint=tokenizer.fingerprint)
-        _run(work, todo, processes, done)
-    return len(tasks) - len(todo)
+            unscanned = [task for task in work if not tasks.scan_path(folder, task).exists()]
+            _run(partial(tasks.scan, config=config, folder=folder), unscanned, processes, _line(bar, "scan", unscanned))
+            tasks.mark_duplicates(folder, work)
+        encode = partial(tasks.tokenize, config=config, folder=folder, fingerprint=tokenizer.fingerprint)
+        _run(encode, todo, processes, _line(bar, "tokenize", todo))
+    return len(work) - len(todo)
 
 
-def _line(bar: Progress, name: str, total: int) -> Callable[[int], None]:
-    """A function that counts bytes done on a new line of the progress bar."""
-    line = bar.add_task(f"{name:>8}", total=total)
-    return lambda count: bar.advance(line, count)
+def _line(bar: Progress, name: str, work: list[Task]) -> Callable[[int], None]:
+    """A function that shows how many bytes are done on a new line of the progress bar."""
+    line = bar.add_task(f"{name:>8}", total=sum(task.bytes for task in work) or None)
+    return lambda count: bar.update(line, completed=count)
 
 
-def _run(work: Callable[[_Task], None], tasks: list[_Task], processes: int, done: Callable[[int], None]) -> None:
-    if processes == 1 or len(tasks) < 2:
-        for task in tasks:
-            work(task)
-            done(task.bytes)
+def _run(work: Callable[[Task, Advance], None], todo: list[Task], processes: int, shown: Callable[[int], None]) -> None:
+    """Do the tasks, in this process or in several; whatever ends this process, or this call, ends the others at once."""
+    finished = 0
+    if processes == 1 or len(todo) < 2:
+        for task in todo:
+            work(task, partial(_add_and, shown, finished))
+            finished += task.bytes
+            shown(finished)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(processes, len(tasks)), context, _start_process) as pool:
+    alive, held = context.Pipe(duplex=False)
+    count, left = min(processes, len(todo)), iter(todo)
+    under_way = context.RawArray("q", count)
+    with ProcessPoolExecutor(count, context, _start_process, (alive, context.Value("i", 0), under_way)) as pool:
         try:
-            futures: dict[Future[None], _Task] = {pool.submit(work, task): task for task in tasks}
-            for future in as_completed(futures):
-                future.result()
-                done(futures[future].bytes)
+            waiting = {pool.submit(_do, work, task): task for task in islice(left, 2 * count)}
+            while waiting:
+                done, _ = wait(waiting, _POLL_S, return_when="FIRST_COMPLETED")
+                for future in done:
+                    future.result()
+                    finished += waiting.pop(future).bytes
+                waiting |= {pool.submit(_do, work, task): task for task in islice(left, len(done))}
+                shown(finished + sum(under_way))
         except BrokenProcessPool as error:
             raise DataError(
                 "a process of prepare died, as for want of memory; start it again, it continues; if it dies again, "
                 "lower task_bytes or num_processes"
             ) from error
         except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
+            held.close()
             raise
+    held.close()
 
 
-def _start_process() -> None:
+def _add_and(shown: Callable[[int], None], before: int, done: int) -> None:
+    shown(before + done)
+
+
+_slot: Any = None
+"""In a process of the pool: where it says how far it is, an array and a place in it."""
+
+
+def _start_process(alive: Connection, started: Any, under_way: Any) -> None:
+    global _slot  # noqa: PLW0603 - a process of a pool has no other place to keep what it was started with
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with started.get_lock():
+        _slot = under_way, started.value % len(under_way)
+        started.value += 1
+    threading.Thread(target=_end_with, args=(alive,), daemon=True).start()
 
 
-def _stop_if_orphan() -> None:
-    """End this process if the one that started it was killed: the next run must not meet its writes."""
-    parent = multiprocessing.parent_process()
-    if parent is not None and not parent.is_alive():
-        os._exit(1)
+def _end_with(alive: Connection) -> None:
+    """End this process when the other end is closed, however that one died: the next run must not meet its writes."""
+    alive.poll(None)
+    os._exit(1)
 
 
-def _scan_path(folder: Path, task: _Task) -> Path:
-    return folder / "work" / f"scan-{task.number:05d}.npy"
+def _do(work: Callable[[Task, Advance], None], task: Task) -> None:
+    array, place = _slot
+
+    def advance(done: int) -> None:
+        array[place] = done
+
+    work(task, advance)
+    advance(0)
 
 
-def _duplicate_path(folder: Path, task: _Task) -> Path:
-    return folder / "work" / f"duplicate-{task.number:05d}.npy"
+def _source_name(entry: str) -> str:
+    """An entry of `inputs` without the folders of this machine."""
+    if not entry.startswith(hub.SCHEME):
+        return Path(entry).name
+    name = hub.parse(entry)[0]
+    return hub.SCHEME + (Path(name).name if Path(name).exists() else name)
 
 
-def _record_path(folder: Path, task: _Task) -> Path:
-    return folder / "work" / f"task-{task.number:05d}.json"
-
-
-def _is_done(folder: Path, task: _Task) -> bool:
-    path = _record_path(folder, task)
-    if not path.exists():
-        return False
-    shards = [shard for split in json.loads(path.read_text())["splits"].values() for shard in split["shards"]]
-    places = [(folder / "shards" / shard["name"], shard["bytes"]) for shard in shards]
-    return all(place.exists() and place.stat().st_size == size for place, size in places)
-
-
-def _documents(task: _Task, config: PrepareConfig, counts: Counter[str]) -> Iterator[tuple[str, bytes, int]]:
-    """Text, UTF-8 bytes and hash of the documents of a task that are readable and neither too short nor too long."""
-    most = config.max_document_chars or float("inf")
-    for piece in task.pieces:
-        for document in _read(piece, config.text_field):
-            counts["read"] += 1
-            if document is None:
-                counts["unreadable"] += 1
-            elif len(document[0]) < config.min_document_chars:
-                counts["too_short"] += 1
-            elif len(document[0]) > most:
-                counts["too_long"] += 1
-            else:
-                yield *document, int.from_bytes(hashlib.blake2b(document[1], digest_size=8).digest(), "little")
-
-
-def _read(piece: Piece, text_field: str) -> Iterator[tuple[str, bytes] | None]:
-    try:
-        yield from read_documents(piece, text_field)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{piece.path}: cannot be read to its end: {error}; repair it or leave it out") from error
-
-
-def _scan(task: _Task, config: PrepareConfig, folder: Path) -> None:
-    """Write the hash of each document of a task."""
-    hashes = np.fromiter((hash_ for _, _, hash_ in _documents(task, config, Counter())), "<u8")
-    _stop_if_orphan()
-    write_durably(_scan_path(folder, task), npy_bytes(hashes))
-
-
-def _mark_duplicates(folder: Path, tasks: list[_Task]) -> None:
-    """Write for each task which of its documents came before, in it or in a task before it."""
-    scans = [np.load(_scan_path(folder, task), allow_pickle=False) for task in tasks]
-    hashes = np.concatenate(scans)
-    duplicate = np.ones(len(hashes), bool)
-    duplicate[np.unique(hashes, return_index=True)[1]] = False
-    ends = np.cumsum([len(scan) for scan in scans])
-    for task, marks in zip(tasks, np.split(duplicate, ends[:-1]), strict=True):
-        write_durably(_duplicate_path(folder, task), npy_bytes(marks))
-
-
-@lru_cache(maxsize=2)
-def _worker_tokenizer(folder: str, fingerprint: str) -> Tokenizer:
-    tokenizer = load_tokenizer(folder)
-    if tokenizer.fingerprint != fingerprint:
-        raise DataError(f"{folder}: holds another tokenizer than prepare began with; delete the output and start again")
-    return tokenizer
-
-
-def _dtype(tokenizer: Tokenizer) -> np.dtype:
-    """The smallest type for all tokens and the mask."""
-    return np.dtype("<u2" if tokenizer.vocab_size < 1 << 16 else "<u4")
-
-
-def _tokenize(task: _Task, config: PrepareConfig, folder: Path, fingerprint: str) -> None:
-    """Write the shards of a task, then its record."""
-    tokenizer = _worker_tokenizer(str(folder / "tokenizer"), fingerprint)
-    packers = {}
-    for split in SPLITS:
-        stem = f"{split}-{task.number:05d}"
-        writer = ShardWriter(folder / "shards", stem, config.shard_tokens)
-        packers[split] = Packer(writer, stem, config.block_tokens, _dtype(tokenizer), tokenizer.eos_id)
-    counts: Counter[str] = Counter()
-    text_bytes, limit = 0, round(config.validation_fraction * 1_000_000)
-    for number, chunk in enumerate(_chunks(_kept(task, config, folder, counts), config.task_bytes)):
-        order = permutation(len(chunk), config.seed, "documents", task.number, number)
-        for batch in _chunks((chunk[index] for index in order), _BATCH_BYTES):
-            _stop_if_orphan()
-            arrays = tokenizer.encode_arrays([text for text, _, _ in batch])
-            for ids, (_, size, hash_) in zip(arrays, batch, strict=True):
-                packers["validation" if hash_ % 1_000_000 < limit else "train"].add(ids)
-                text_bytes += size
-    splits = {}
-    for split, packer in packers.items():
-        packer.close()
-        splits[split] = {"documents": packer.documents, "tokens": packer.tokens, "shards": packer.writer.shards}
-    record = {"counts": counts, "text_bytes": text_bytes, "splits": splits}
-    write_durably(_record_path(folder, task), json.dumps(record).encode())
-
-
-def _kept(task: _Task, config: PrepareConfig, folder: Path, counts: Counter[str]) -> Iterator[tuple[str, int, int]]:
-    """Text, UTF-8 size and hash of the documents of a task that are not left out; `counts` gets all of them by fate."""
-    found = enumerate(_documents(task, config, counts))
-    if config.deduplicate:
-        scan = np.load(_scan_path(folder, task), allow_pickle=False)
-        duplicate = np.load(_duplicate_path(folder, task), allow_pickle=False)
-    seen = 0
-    for index, (text, data, hash_) in found:
-        seen += 1
-        if config.deduplicate and (index >= len(scan) or scan[index] != hash_):
-            break
-        if config.deduplicate and duplicate[index]:
-            counts["duplicate"] += 1
-            continue
-        counts["kept"] += 1
-        yield text, len(data), hash_
-    if config.deduplicate and (seen != len(scan) or (seen and scan[seen - 1] != hash_)):
-        names = ", ".join(sorted({piece.path for piece in task.pieces})[:3])
-        raise DataError(f"{names}: changed while they were prepared; delete the output and start again")
-
-
-def _chunks(documents: Iterable[tuple[str, int, int]], size: int) -> Iterator[list[tuple[str, int, int]]]:
-    """Lists of documents of about `size` bytes of text together."""
-    chunk: list[tuple[str, int, int]] = []
-    total = 0
-    for document in documents:
-        chunk.append(document)
-        total += document[1]
-        if total >= size:
-            yield chunk
-            chunk, total = [], 0
-    if chunk:
-        yield chunk
-
-
-def _finish(config: PrepareConfig, folder: Path, tokenizer: Tokenizer, tasks: list[_Task]) -> None:
+def _finish(config: PrepareConfig, folder: Path, tokenizer: Tokenizer, work: list[Task]) -> None:
     """Put the records together: index, then manifest."""
-    records = [json.loads(_record_path(folder, task).read_text()) for task in tasks]
-    counts: Counter[str] = Counter(dict.fromkeys(("read", "kept", *_REASONS), 0))
-    for record in records:
-        counts.update(record["counts"])
-    if not counts["kept"]:
-        left = ", ".join(f"{counts[reason]} {reason.replace('_', ' ')}" for reason in _REASONS)
+    records = [json.loads(tasks.record_path(folder, task).read_text()) for task in work]
+    sources = []
+    for entry, name in enumerate(config.inputs):
+        counts: Counter[str] = Counter(dict.fromkeys(("read", "kept", *REASONS, "text_bytes"), 0))
+        for record in records:
+            counts.update(record["counts"].get(str(entry), {}))
+        text_bytes = counts.pop("text_bytes")
+        sources.append(SourceCounts(name=_source_name(name), text_bytes=text_bytes, documents=dict(counts)))
+    total = {fate: sum(source.documents[fate] for source in sources) for fate in ("read", "kept", *REASONS)}
+    if not total["kept"]:
         raise DataError(
-            f"no document is left of {counts['read']}: {left}; check inputs, text_field and min_document_chars"
+            f"no document is left of {total['read']}: {_left_out(total)}; check inputs, text_field and the limits of length"
         )
     rows: list[tuple[int, ...]] = []
     shards: list[dict[str, Any]] = []
@@ -480,12 +405,13 @@ def _finish(config: PrepareConfig, folder: Path, tokenizer: Tokenizer, tasks: li
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
         "eos_id": tokenizer.eos_id,
-        "dtype": _dtype(tokenizer).name,
+        "dtype": tasks.token_dtype(tokenizer).name,
         "seed": config.seed,
         "block_tokens": config.block_tokens,
         "validation_fraction": config.validation_fraction,
-        "text_bytes": sum(record["text_bytes"] for record in records),
-        "documents": dict(counts),
+        "text_bytes": sum(source.text_bytes for source in sources),
+        "documents": total,
+        "sources": [source.model_dump() for source in sources],
         "splits": splits,
         "shards": shards,
     }

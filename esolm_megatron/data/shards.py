@@ -45,6 +45,7 @@ BLOCK_DTYPE = np.dtype(
 )
 _OPEN_SHARDS = 128
 _KEPT_DOCUMENTS = 1024
+_RESTS_BEFORE_CLOSING = 16
 
 
 class DataError(UserError, RuntimeError):
@@ -57,6 +58,10 @@ class ShardMissing(DataError):
 
 class ShardCorrupt(DataError):
     """A file of the prepared data is not what was written."""
+
+
+class LocalTrouble(DataError):
+    """This machine's trouble, not the data's: never a reason to leave a row blank."""
 
 
 class ShardEntry(Section):
@@ -78,6 +83,17 @@ class SplitCounts(Section):
     blocks: int
 
 
+class SourceCounts(Section):
+    """What came from one entry of `inputs`."""
+
+    name: str
+    """The entry; of a path, its last part."""
+    text_bytes: int
+    """UTF-8 bytes of its kept documents."""
+    documents: dict[str, int]
+    """Its documents read, kept, and left out, by reason."""
+
+
 class Manifest(Section):
     """What a folder of prepared tokens holds. It names no machine and no path."""
 
@@ -95,6 +111,8 @@ class Manifest(Section):
     """UTF-8 bytes of the kept documents."""
     documents: dict[str, int]
     """Documents read, kept, and left out, by reason."""
+    sources: tuple[SourceCounts, ...] = ()
+    """The same for each entry of `inputs`."""
     splits: dict[str, SplitCounts]
     blocks_sha256: str
     shards: tuple[ShardEntry, ...]
@@ -229,32 +247,95 @@ class Packer:
         self._blocks += 1
 
 
+class Folder:
+    """Prepared tokens on this machine's disks; data/cache.py has the same for those that are elsewhere."""
+
+    remote = False
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def where(self, name: str) -> str:
+        """What messages call a file."""
+        return str(self.path / name)
+
+    def read(self, name: str, fix: str) -> bytes:
+        """The bytes of a small file.
+
+        Raises:
+            ShardMissing: with `fix`, what to do about it.
+        """
+        try:
+            return (self.path / name).read_bytes()
+        except OSError as error:
+            raise ShardMissing(f"{self.where(name)}: {error.strerror or error}; {fix}") from error
+
+    def read_index(self, sha256: str) -> bytes:
+        """The bytes of blocks.npy; whoever asks compares the hash."""
+        return self.read("blocks.npy", "copy the whole folder again")
+
+    def open(self, shard: ShardEntry) -> int:
+        """A file descriptor of a shard."""
+        try:
+            return os.open(self.path / "shards" / shard.name, os.O_RDONLY)
+        except OSError as error:
+            path = self.where(f"shards/{shard.name}")
+            raise ShardMissing(f"{path}: {error.strerror or error}; copy or prepare this shard again") from error
+
+    def check(self, shard: ShardEntry) -> None:
+        """Raise ShardMissing or ShardCorrupt if a shard is not there, or has another size."""
+        name = f"shards/{shard.name}"
+        try:
+            found = (self.path / name).stat().st_size
+        except OSError as error:
+            raise ShardMissing(
+                f"{self.where(name)}: {error.strerror or error}; copy or prepare this shard again"
+            ) from error
+        if found != shard.bytes:
+            raise ShardCorrupt(
+                f"{self.where(name)}: cut or replaced at offset {min(found, shard.bytes)}: {found} bytes, the manifest "
+                f"says {shard.bytes}; copy or prepare this shard again"
+            )
+
+    def distrust(self, shard: ShardEntry, file: int) -> bool:
+        """Told that the open `file` of a shard is damaged: whether opening it again may give a better one."""
+        return False
+
+    def close(self, file: int) -> None:
+        """Close what `open` gave."""
+        os.close(file)
+
+
 class ShardReader:
     """Blocks of prepared tokens by number, each checked against its crc32 when first touched. Safe to share by threads.
 
-    `blocks` is the BLOCK_DTYPE index, `fingerprint` the sha256 of the manifest.
+    `blocks` is the BLOCK_DTYPE index, `fingerprint` the sha256 of the manifest. tolerant: shards that are missing or cut
+    are found when they are read, not at once.
 
     Raises:
         ShardMissing: the folder, its manifest or a shard is not there.
         ShardCorrupt: the manifest, the index or the size of a shard is wrong.
     """
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        raw = _read(
-            self.folder / "manifest.json", "prepare the data, or finish an interrupted prepare by running it again"
-        )
-        self.manifest = _parse_manifest(self.folder / "manifest.json", raw)
+    def __init__(self, folder: str | Path | Folder, *, tolerant: bool = False):
+        self.place = folder if isinstance(folder, Folder) else Folder(folder)
+        self.folder = self.place.path
+        raw = self.place.read("manifest.json", "prepare the data, or finish an interrupted prepare by running it again")
+        self.manifest = _parse_manifest(self.place.where("manifest.json"), raw)
         self.fingerprint = hashlib.sha256(raw).hexdigest()
         self.dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
-        index = _read(self.folder / "blocks.npy", "copy the whole folder again")
+        index = self.place.read_index(self.manifest.blocks_sha256)
         if hashlib.sha256(index).hexdigest() != self.manifest.blocks_sha256:
-            raise ShardCorrupt(f"{self.folder / 'blocks.npy'}: does not match manifest.json; copy both again")
+            raise ShardCorrupt(f"{self.place.where('blocks.npy')}: does not match manifest.json; copy both again")
         self.blocks: np.ndarray = np.load(io.BytesIO(index), allow_pickle=False)
-        for shard in self.manifest.shards:
-            self._check_size(shard)
+        for shard in () if tolerant else self.manifest.shards:
+            self.place.check(shard)
         self._checked = np.zeros(len(self.blocks), bool)
+        self._bad: dict[int, DataError] = {}
         self._files: OrderedDict[int, int] = OrderedDict()
+        self._last_use: dict[int, int] = {}
+        self._rest = 0
+        self.max_open = _OPEN_SHARDS
         self._documents: OrderedDict[int, np.ndarray] = OrderedDict()
         self._lock = threading.RLock()
 
@@ -284,15 +365,43 @@ class ShardReader:
                     self._documents.popitem(last=False)
             return found
 
+    def rest(self) -> None:
+        """Close shards that were not read since a while of calls of this, so that a cache may drop them."""
+        with self._lock:
+            self._rest += 1
+            for shard in [s for s in self._files if self._last_use[s] < self._rest - _RESTS_BEFORE_CLOSING]:
+                self.place.close(self._files.pop(shard))
+
     def close(self) -> None:
         """Close the shards; a later read opens them again and trusts no earlier check."""
         with self._lock:
             while self._files:
-                os.close(self._files.popitem()[1])
+                self.place.close(self._files.popitem()[1])
             self._documents.clear()
+            self._bad.clear()
             self._checked[:] = False
 
     def _check(self, block: int) -> np.ndarray:
+        """Document starts of a block, all of which is checked; a damaged copy in a cache is fetched again once."""
+        if block in self._bad:
+            raise self._bad[block]
+        try:
+            try:
+                return self._check_once(block)
+            except ShardCorrupt:
+                shard = int(self.blocks[block]["shard"])
+                file = self._files.pop(shard, None)
+                again = file is not None and self.place.distrust(self.manifest.shards[shard], file)
+                if file is not None:
+                    self.place.close(file)
+                if not again:
+                    raise
+                return self._check_once(block)
+        except DataError as error:
+            self._bad[block] = error
+            raise
+
+    def _check_once(self, block: int) -> np.ndarray:
         record = self.blocks[block]
         shard = int(record["shard"])
         starts = np.empty(int(record["num_documents"]), "<u4")
@@ -307,24 +416,15 @@ class ShardReader:
 
     def _check_crc(self, block: int, what: str, array: np.ndarray) -> None:
         record, found = self.blocks[block], zlib.crc32(array.data)
-        path, offset, said = self.shard_path(int(record["shard"])), record[f"{what}_offset"], int(record[f"{what}_crc"])
+        path, offset, said = self._where(int(record["shard"])), record[f"{what}_offset"], int(record[f"{what}_crc"])
         if found != said:
             raise ShardCorrupt(
                 f"{path}: {what}s of block {block} at offset {offset} have crc32 {found:08x}, the index says "
                 f"{said:08x}; copy or prepare this shard again"
             )
 
-    def _check_size(self, shard: ShardEntry) -> None:
-        path = self.folder / "shards" / shard.name
-        try:
-            found = path.stat().st_size
-        except OSError as error:
-            raise ShardMissing(f"{path}: {error.strerror or error}; copy or prepare this shard again") from error
-        if found != shard.bytes:
-            raise ShardCorrupt(
-                f"{path}: cut or replaced at offset {min(found, shard.bytes)}: {found} bytes, the manifest says "
-                f"{shard.bytes}; copy or prepare this shard again"
-            )
+    def _where(self, shard: int) -> str:
+        return self.place.where(f"shards/{self.manifest.shards[shard].name}")
 
     def _pread(self, shard: int, offset: int, out: np.ndarray) -> None:
         if not out.nbytes:
@@ -336,32 +436,26 @@ class ShardReader:
                 if count < out.nbytes:
                     size = os.fstat(file).st_size
         except OSError as error:
-            raise ShardCorrupt(f"{self.shard_path(shard)}: cannot be read at offset {offset}: {error}") from error
+            raise ShardCorrupt(f"{self._where(shard)}: cannot be read at offset {offset}: {error}") from error
         if count < out.nbytes:
             raise ShardCorrupt(
-                f"{self.shard_path(shard)}: cut at offset {size} after it was opened, {out.nbytes} bytes are wanted at "
+                f"{self._where(shard)}: cut at offset {size} after it was opened, {out.nbytes} bytes are wanted at "
                 f"{offset}; copy or prepare this shard again"
             )
 
     def _file(self, shard: int) -> int:
         file = self._files.get(shard)
         if file is None:
-            file = self._files[shard] = os.open(self.shard_path(shard), os.O_RDONLY)
-            if len(self._files) > _OPEN_SHARDS:
-                os.close(self._files.popitem(last=False)[1])
+            file = self._files[shard] = self.place.open(self.manifest.shards[shard])
+            if len(self._files) > self.max_open:
+                self.place.close(self._files.popitem(last=False)[1])
         else:
             self._files.move_to_end(shard)
+        self._last_use[shard] = self._rest
         return file
 
 
-def _read(path: Path, fix: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ShardMissing(f"{path}: {error.strerror or error}; {fix}") from error
-
-
-def _parse_manifest(path: Path, raw: bytes) -> Manifest:
+def _parse_manifest(path: str, raw: bytes) -> Manifest:
     try:
         tree = json.loads(raw)
         version = tree["format_version"]

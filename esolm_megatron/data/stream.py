@@ -1,29 +1,40 @@
 """Batches of token rows: the batch of any step, at once, without reading what came before.
 
-The order is arithmetic. In each epoch the shards are permuted, and their sequences laid end to end and cut into lanes
-of equal length; consecutive samples of the run take turns over the lanes, and each lane is permuted within windows.
-Data that fits into lanes x window is one window: a full permutation.
+    sample of the run -> source and number there (mixture.py) -> sequence (order.py) -> block and offset -> tokens
 
-    sample g -> epoch g // n -> lane -> place in its window -> sequence in its shard -> block and offset
-
-Permutations are stable argsorts of raw Philox words, which numpy promises never to change, keyed by name: the batch of
-a step is a function of (manifest, seed, step) alone.
+All of it is arithmetic: the batch of a step is a function of (manifests, mixture, seed, step) alone.
 """
 
 from __future__ import annotations
 
-import hashlib
-import queue
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
-from esolm_megatron.data.shards import DataError, ShardReader
+from esolm_megatron.data.cache import CachedFolder, open_folder
+from esolm_megatron.data.identity import summary
+from esolm_megatron.data.mixture import Mixture, pattern, phases_of, sources_of
+from esolm_megatron.data.order import Order, permutation
+from esolm_megatron.data.prefetch import Prefetch
+from esolm_megatron.data.shards import DataError, LocalTrouble, ShardEntry, ShardReader
+from esolm_megatron.sections import DataConfig
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A row that could not be read and was left blank; block and offset are those in its shard's folder."""
+
+    source: str
+    shard: str
+    block: int
+    offset: int
+    row: int
+    sample: int
+    error: str
 
 
 @dataclass(frozen=True)
@@ -33,62 +44,127 @@ class Batch:
     tokens: np.ndarray
     """int64 (rows, L)."""
     valid: np.ndarray
-    """bool (rows, L); False where a short validation row is filled up with end-of-text."""
+    """bool (rows, L); False where a short validation row is filled up with end-of-text, and all over a blank row."""
     rows: np.ndarray
     """int64 (rows,): place of each row in the global batch; in validation, its place in the split."""
     samples: np.ndarray
     """int64 (rows,): number of each row in the whole run; in validation, its place in the split."""
     documents: list[np.ndarray]
     """For each row, where inside it documents start; place 0 is left out."""
+    damage: tuple[Damage, ...] = ()
+    """The blank rows."""
 
 
-def permutation(n: int, *names: object) -> np.ndarray:
-    """int64 (n,): the permutation that belongs to `names`, equal on all machines and numpy versions."""
-    text = "|".join(map(str, names)).encode()
-    key = int.from_bytes(hashlib.blake2b(text, digest_size=16).digest(), "little")
-    return np.argsort(np.random.Philox(key=key).random_raw(n), kind="stable")
+def data_config(data: DataConfig | str | Path, **fields: Any) -> DataConfig:
+    """`data` itself, or the section for a path with other fields of it.
+
+    Raises:
+        DataError: a field is out of its range.
+    """
+    if isinstance(data, DataConfig):
+        return data
+    try:
+        return DataConfig(path=str(data), **fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise DataError(f"{'.'.join(map(str, first['loc']))} = {first['input']}: {first['msg']}") from error
 
 
 class _Rows:
-    """Rows of one split, by (block, offset)."""
+    """Rows of one split of one source, by (block, offset)."""
 
-    def __init__(self, path: str | Path, split: str, seq_length: int):
+    def __init__(self, path: str, config: DataConfig, split: str, seq_length: int, *, blank: bool = False):
         if seq_length < 1:
             raise DataError(f"seq_length = {seq_length}: must be 1 or more")
-        self.reader = ShardReader(path)
-        self.split, self.seq_length = split, seq_length
+        self.place = open_folder(path, config)
+        self.reader = ShardReader(self.place, tolerant=config.on_corrupt == "skip")
+        self.path, self.split, self.seq_length, self._blank = path, split, seq_length, blank
         self.blocks = self.reader.split_blocks(split)
         self.block_tokens = self.reader.blocks["num_tokens"][self.blocks].astype(np.int64)
 
-    def read(self, places: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-        """Tokens, validity and document starts of the rows at `offsets` in the split's blocks `places`."""
+    def read(
+        self, places: np.ndarray, offsets: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray], list[tuple[int, int, DataError]]]:
+        """Tokens, validity and document starts of the rows at `offsets` in the split's blocks `places`.
+
+        The last are (row, block, error) of rows that were left blank.
+        """
         length, reader = self.seq_length, self.reader
         stored = np.full((len(places), length), reader.manifest.eos_id, reader.dtype)
         counts = np.minimum(self.block_tokens[places] - offsets, length)
-        documents = []
+        documents, lost = [], []
         numbers = self.blocks[places].tolist()
         for row, (block, start, count) in enumerate(zip(numbers, offsets.tolist(), counts.tolist(), strict=True)):
-            reader.read_into(block, start, stored[row, :count])
-            starts = reader.documents(block)
+            try:
+                reader.read_into(block, start, stored[row, :count])
+                starts = reader.documents(block)
+            except DataError as error:
+                if not self._blank or isinstance(error, LocalTrouble):
+                    raise
+                lost.append((row, block, error))
+                stored[row], counts[row], starts = reader.manifest.eos_id, 0, np.empty(0, np.int64)
             low, high = starts.searchsorted((start + 1, start + count))
             documents.append(starts[low:high] - start)
-        return stored.astype(np.int64), np.arange(length) < counts[:, None], documents
+        return stored.astype(np.int64), np.arange(length) < counts[:, None], documents, lost
+
+
+class Source(_Rows):
+    """The rows of one source in their order. A row is `seq_length` tokens of one block; each comes once an epoch.
+
+    What is left at the end of blocks is not used: `tokens_left_out` of them.
+    """
+
+    def __init__(self, path: str, config: DataConfig, split: str, seq_length: int, key: tuple[object, ...]):
+        super().__init__(path, config, split, seq_length, blank=config.on_corrupt == "skip")
+        counts = self.block_tokens // seq_length
+        self._first_sequence = np.concatenate([[0], np.cumsum(counts)])
+        self.num_sequences = int(self._first_sequence[-1])
+        self.tokens_left_out = int(self.block_tokens.sum()) - self.num_sequences * seq_length
+        if not self.num_sequences:
+            longest = int(self.block_tokens.max(initial=0))
+            raise DataError(
+                f"{path}: split {split!r} has no row of seq_length = {seq_length} tokens "
+                f"(its longest block has {longest}); prepare more text, with a larger block_tokens, or train with a "
+                "smaller seq_length"
+            )
+        self._owners = self.reader.blocks["shard"][self.blocks]
+        first_block = np.flatnonzero(np.diff(self._owners, prepend=-1))
+        per_shard = np.diff(self._first_sequence[first_block], append=self.num_sequences)
+        self.order = Order(per_shard, key, config.num_lanes, config.shuffle_window)
+        if self.place.remote:  # an open shard cannot leave the cache
+            self.reader.max_open = min(self.reader.max_open, self.order.working_set())
+
+    def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Place in the split's blocks, and offset there, of this source's samples number `samples`."""
+        sequences = self.order.sequences(samples)
+        places = np.searchsorted(self._first_sequence, sequences, "right") - 1
+        return places, (sequences - self._first_sequence[places]) * self.seq_length
+
+    def shards(self, samples: np.ndarray) -> list[ShardEntry]:
+        """The shards that these samples are in."""
+        numbers = np.unique(self._owners[self.locate(samples)[0]])
+        return [self.reader.manifest.shards[number] for number in numbers.tolist()]
+
+    def working_bytes(self) -> tuple[int, int]:
+        """Bytes that lie in the shards read in turns, and in the largest shard."""
+        sizes = [shard.bytes for shard in self.reader.manifest.shards if shard.split == self.split]
+        return sum(sorted(sizes)[-self.order.working_set() :]), max(sizes)
 
 
 class TokenStream:
     """The training rows of one data-parallel rank, for any step.
 
-    A row is `seq_length` tokens of one block; what is left at the end of blocks is not used: `tokens_left_out` of them.
-    Each of the `num_sequences` rows comes exactly once an epoch, and the global batch of a step is the same for every
-    `data_size`. `vocab_size` counts the mask. `fingerprint` identifies the data: keep it with the step to resume.
+    data: the section of a configuration, or a folder with other fields of it. The global batch of a step is the same for
+    every `data_size`. `vocab_size` counts the mask; `sources` are by name.
 
     Raises:
-        DataError: sizes do not fit, or the split has no full row. Damaged files: see ShardReader.
+        DataError: sizes do not fit, sources do not go together, or one has no full row. Damaged files: see ShardReader.
+        ConfigError: the weights have too many digits.
     """
 
     def __init__(
         self,
-        path: str | Path,
+        data: DataConfig | str | Path,
         *,
         split: str = "train",
         seq_length: int,
@@ -96,185 +172,189 @@ class TokenStream:
         data_rank: int = 0,
         data_size: int = 1,
         seed: int = 0,
-        num_lanes: int = 16,
-        shuffle_window: int = 512,
+        **fields: Any,
     ):
-        for name, value in (
-            ("global_batch_size", global_batch_size),
-            ("num_lanes", num_lanes),
-            ("shuffle_window", shuffle_window),
-        ):
-            if value < 1:
-                raise DataError(f"{name} = {value}: must be 1 or more")
+        self.config = config = data_config(data, **fields)
+        if global_batch_size < 1:
+            raise DataError(f"global_batch_size = {global_batch_size}: must be 1 or more")
         if not 0 <= data_rank < data_size:
             raise DataError(f"data_rank = {data_rank}: must be from 0 to data_size - 1 = {data_size - 1}")
         if global_batch_size % data_size:
             raise DataError(f"global_batch_size = {global_batch_size}: must be a multiple of data_size = {data_size}")
-        self._source = _Rows(path, split, seq_length)
-        self.manifest, self.fingerprint = self._source.reader.manifest, self._source.reader.fingerprint
-        self.vocab_size = self.manifest.vocab_size + 1
-        self.seq_length, self.global_batch_size, self.seed = seq_length, global_batch_size, seed
+        self.split, self.seq_length, self.global_batch_size, self.seed = split, seq_length, global_batch_size, seed
         self.data_rank, self.data_size = data_rank, data_size
-        self._layout()
-        small = self.num_sequences <= num_lanes * shuffle_window
-        self.num_lanes = 1 if small else num_lanes
-        self.shuffle_window = self.num_sequences if small else shuffle_window
-        self._epoch = lru_cache(maxsize=4)(self._draw_epoch)
-        self._window = lru_cache(maxsize=4 * self.num_lanes + 16)(self._draw_window)
+        self.mixture = Mixture(config, global_batch_size)
+        for phase in self.mixture.phases:
+            pattern(phase.weights)  # refuses weights now, and not at their step
+        named = sources_of(config)
+        self.sources = {
+            name: Source(source.path, config, split, seq_length, (seed, name) if len(named) > 1 else (seed,))
+            for name, source in named.items()
+        }
+        check_alike(self.sources)
+        first = next(iter(self.sources.values()))
+        self.vocab_size = first.reader.manifest.vocab_size + 1
+        self._all = list(self.sources.values())
+        self.remote = any(source.place.remote for source in self._all)
+        self._check_cache()
 
     def batch(self, step: int) -> Batch:
         """Rows of the global batch of `step`: r, r + R, r + 2R, ... for data rank r of R."""
         if step < 0:
             raise DataError(f"step = {step}: must be 0 or more")
         rows = np.arange(self.data_rank, self.global_batch_size, self.data_size, dtype=np.int64)
-        samples = step * self.global_batch_size + rows
-        sequences = self._sequences(samples)
-        places = np.searchsorted(self._first_sequence, sequences, "right") - 1
-        offsets = (sequences - self._first_sequence[places]) * self.seq_length
-        tokens, valid, documents = self._source.read(places, offsets)
-        return Batch(tokens, valid, rows, samples, documents)
+        places = self._places(step, rows)
+        samples = step * self.global_batch_size + places
+        tokens = np.empty((len(rows), self.seq_length), np.int64)
+        valid = np.empty(tokens.shape, bool)
+        documents: list[np.ndarray] = [np.empty(0, np.int64)] * len(rows)
+        damage = []
+        for name, chosen, own in self._dealt(step, places):
+            source = self.sources[name]
+            found, whole, starts, lost = source.read(*source.locate(own))
+            if len(chosen) == len(rows):
+                tokens, valid, documents = found, whole, starts
+            else:
+                tokens[chosen], valid[chosen] = found, whole
+                for row, start in zip(chosen.tolist(), starts, strict=True):
+                    documents[row] = start
+            damage += [
+                self._damage(name, block, rows[chosen[row]], samples[chosen[row]], error) for row, block, error in lost
+            ]
+            if source.place.remote:
+                source.reader.rest()
+        return Batch(tokens, valid, rows, samples, documents, tuple(damage))
 
-    def prefetch(self, start: int, stop: int | None = None, depth: int = 4) -> Prefetch:
+    def _places(self, step: int, rows: np.ndarray) -> np.ndarray:
+        """Which sample of the batch each row is. Sources take turns, so rows of a mixture are permuted.
+
+        Otherwise a source could always land on the same rank, or in the same part of the loss.
+        """
+        if len(self.sources) == 1:
+            return rows
+        return permutation(self.global_batch_size, self.seed, "rows", step)[rows]
+
+    def _dealt(self, step: int, places: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        """For each source that has some: which of `places` are its, and their numbers among its samples."""
+        which, numbers = self.mixture.deal(step, places)
+        for index, name in enumerate(self.mixture.names):
+            chosen = np.flatnonzero(which == index)
+            if len(chosen):
+                yield name, chosen, numbers[chosen]
+
+    def _damage(self, name: str, block: int, row: int, sample: int, error: DataError) -> Damage:
+        reader = self.sources[name].reader
+        record = reader.blocks[block]
+        shard = reader.manifest.shards[int(record["shard"])].name
+        return Damage(name, shard, block, int(record["token_offset"]), int(row), int(sample), str(error))
+
+    def counts(self, num_batches: int) -> dict[str, dict[str, float]]:
+        """Of each source, samples, tokens and epochs in the first `num_batches` global batches."""
+        return {
+            name: {
+                "samples": count,
+                "tokens": count * self.seq_length,
+                "epochs": round(count / self.sources[name].num_sequences, 6),
+            }
+            for name, count in self.mixture.counts(num_batches).items()
+        }
+
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """What a checkpoint remembers of each source; see identity.changes."""
+        return {name: summary(source.reader, self.split) for name, source in self.sources.items()}
+
+    def remote_shards(self, step: int) -> list[tuple[CachedFolder, ShardEntry]]:
+        """Remote shards that this rank's rows of a step are in."""
+        rows = np.arange(self.data_rank, self.global_batch_size, self.data_size, dtype=np.int64)
+        return [
+            (place, shard)
+            for name, _, own in self._dealt(step, self._places(step, rows))
+            if isinstance(place := self.sources[name].place, CachedFolder)
+            for shard in self.sources[name].shards(own)
+        ]
+
+    def prefetch(self, start: int, stop: int | None = None, depth: int | None = None) -> Prefetch:
         """Batches of steps `start` to `stop` (None: for ever), read ahead by a thread. Close it, or use `with`."""
-        return Prefetch(self, start, stop, depth)
+        return Prefetch(self, start, stop, self.config.prefetch_batches if depth is None else depth)
+
+    def cancel(self, cancelled: bool) -> None:
+        """End downloads early, or allow them again."""
+        for source in self._all:
+            if isinstance(source.place, CachedFolder):
+                (source.place.source.stop.set if cancelled else source.place.source.stop.clear)()
 
     def close(self) -> None:
         """Close the shards."""
-        self._source.reader.close()
+        for source in self._all:
+            source.reader.close()
 
-    def _layout(self) -> None:
-        source = self._source
-        counts = source.block_tokens // self.seq_length
-        self._first_sequence = np.concatenate([[0], np.cumsum(counts)])
-        self.num_sequences = int(self._first_sequence[-1])
-        self.tokens_left_out = int(source.block_tokens.sum()) - self.num_sequences * self.seq_length
-        if not self.num_sequences:
-            longest = int(source.block_tokens.max(initial=0))
+    def _check_cache(self) -> None:
+        """A cache that cannot hold what is read in turns would fetch the same shards again and again."""
+        sizes = [source.working_bytes() for source in self._all if source.place.remote]
+        if not sizes:
+            return
+        total = sum(shard.bytes for s in self._all if s.place.remote for shard in s.reader.manifest.shards)
+        wanted = min(sum(a for a, _ in sizes) + self.config.prefetch_shards * max(b for _, b in sizes), total)
+        if wanted > self.config.cache_gb * 1e9:
             raise DataError(
-                f"{source.reader.folder}: split {source.split!r} has no row of seq_length = {self.seq_length} tokens "
-                f"(its longest block has {longest}); prepare more text, with a larger block_tokens, or train with a "
-                "smaller seq_length"
+                f"data.cache_gb = {self.config.cache_gb:g}: the shards read in turns and those fetched ahead take "
+                f"{wanted / 1e9:.6g} GB; raise it, or lower data.num_lanes, data.shuffle_window or data.prefetch_shards"
             )
-        owners = source.reader.blocks["shard"][source.blocks]
-        first_block = np.flatnonzero(np.diff(owners, prepend=-1))
-        self._first_of_shard = self._first_sequence[first_block]
-        self._per_shard = np.diff(self._first_of_shard, append=self.num_sequences)
-
-    def _sequences(self, samples: np.ndarray) -> np.ndarray:
-        """Storage number, within the split, of the sequence that each sample reads."""
-        epochs, within = np.divmod(samples, self.num_sequences)
-        places, lanes = np.divmod(within, self.num_lanes)
-        short, longer = divmod(self.num_sequences, self.num_lanes)
-        lengths = short + (lanes < longer)
-        num_windows = -(-lengths // self.shuffle_window)
-        windows = ((places + 1) * num_windows - 1) // lengths
-        out = np.empty_like(samples)
-        triples, inverse = np.unique(np.stack([epochs, lanes, windows]), axis=1, return_inverse=True)
-        inverse = inverse.reshape(-1)
-        for number, (epoch, lane, window) in enumerate(triples.T.tolist()):
-            chosen = inverse == number
-            length = short + (lane < longer)
-            count = -(-length // self.shuffle_window)
-            low, high = window * length // count, (window + 1) * length // count
-            base = lane * short + min(lane, longer) + low
-            moved = base + self._window(epoch, lane, window, high - low)[places[chosen] - low]
-            shards, ends = self._epoch(epoch)
-            at = np.searchsorted(ends, moved, "right")
-            shard = shards[at]
-            out[chosen] = self._first_of_shard[shard] + moved - (ends[at] - self._per_shard[shard])
-        return out
-
-    def _draw_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Shards in the order of `epoch`, and where each one's sequences end in it."""
-        order = permutation(len(self._per_shard), self.seed, "shards", epoch)
-        return order, np.cumsum(self._per_shard[order])
-
-    def _draw_window(self, epoch: int, lane: int, window: int, size: int) -> np.ndarray:
-        return permutation(size, self.seed, "window", epoch, lane, window)
 
 
-class Prefetch(Iterator[Batch]):
-    """An iterator of batches that a thread reads ahead; what fails in the thread is raised in `next`."""
-
-    def __init__(self, stream: TokenStream, start: int, stop: int | None, depth: int):
-        if depth < 1:
-            raise DataError(f"prefetch depth = {depth}: must be 1 or more")
-        self._stream, self._start, self._end = stream, start, stop
-        self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
-        self._stop = threading.Event()
-        self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._read_ahead, name="prefetch", daemon=True)
-        self._thread.start()
-
-    def __next__(self) -> Batch:
-        if self._failure is not None:
-            raise self._failure
-        item = self._next_item()
-        if isinstance(item, Batch):
-            return item
-        self.close()
-        if item is None:
-            raise StopIteration
-        self._failure = item
-        raise item
-
-    def _next_item(self) -> Batch | BaseException | None:
-        while not self._stop.is_set():
-            try:
-                return self._queue.get(timeout=1)
-            except queue.Empty:
-                continue
-        return None
-
-    def close(self) -> None:
-        """Stop the thread and wait for it; batches already read are dropped."""
-        self._stop.set()
-        self._thread.join()
-
-    def __enter__(self) -> Prefetch:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _read_ahead(self) -> None:
-        step = self._start
-        try:
-            while not self._stop.is_set() and (self._end is None or step < self._end):
-                self._put(self._stream.batch(step))
-                step += 1
-            self._put(None)
-        except BaseException as error:  # handed to the consumer, whatever it is
-            self._put(error)
-
-    def _put(self, item: Batch | BaseException | None) -> None:
-        while not self._stop.is_set():
-            try:
-                return self._queue.put(item, timeout=0.05)
-            except queue.Full:
-                continue
+def check_alike(sources: dict[str, Any]) -> None:
+    """Raise DataError unless all sources have the tokenizer of the first one."""
+    (first, model), *others = sources.items()
+    for name, source in others:
+        a, b = model.reader.manifest, source.reader.manifest
+        for field in ("vocab_size", "eos_id", "tokenizer_fingerprint"):
+            was, now = getattr(a, field), getattr(b, field)
+            if was != now:
+                raise DataError(
+                    f"data.sources: {first} has {field} {was}, {name} has {now}; prepare both with the same tokenizer"
+                )
 
 
 class ValidationSet:
     """Every token of a split exactly once, in storage order, as rows of `seq_length`; `len()` counts the rows.
 
-    The last row of a block may be short: it is filled up with end-of-text and marked in `valid`.
+    The last row of a block may be short: it is filled up with end-of-text and marked in `valid`. Sources of a mixture take
+    turns by the weights that the run begins with, for as many rows as the first that runs out of them allows.
 
     Raises:
-        DataError: the split is empty.
+        DataError: the split is empty. Damaged files are errors here whatever `data.on_corrupt` says.
     """
 
-    def __init__(self, path: str | Path, *, split: str = "validation", seq_length: int):
-        self._source = _Rows(path, split, seq_length)
-        self.manifest, self.fingerprint = self._source.reader.manifest, self._source.reader.fingerprint
-        self._first_row = np.concatenate([[0], np.cumsum(-(-self._source.block_tokens // seq_length))])
-        if not len(self):
-            raise DataError(f"{path}: split {split!r} is empty; prepare with a larger validation_fraction or more text")
+    def __init__(self, data: DataConfig | str | Path, *, split: str = "validation", seq_length: int):
+        config = data_config(data)
+        named, weights = sources_of(config), phases_of(config)[0].weights
+        used = [(name, source) for (name, source), weight in zip(named.items(), weights, strict=True) if weight]
+        self._sources = [_Rows(source.path, config, split, seq_length) for _, source in used]
+        self._pattern = pattern(tuple(weight for weight in weights if weight))
+        self._first_row = [np.concatenate([[0], np.cumsum(-(-s.block_tokens // seq_length))]) for s in self._sources]
+        for source, first in zip(self._sources, self._first_row, strict=True):
+            if not first[-1]:
+                raise DataError(
+                    f"{source.path}: split {split!r} is empty; prepare with a larger validation_fraction or more text"
+                )
+        check_alike(dict(zip((name for name, _ in used), self._sources, strict=True)))
+        self.manifest, self.seq_length = self._sources[0].reader.manifest, seq_length
+        self._length = self._rows_that_last()
 
     def __len__(self) -> int:
-        return int(self._first_row[-1])
+        return self._length
+
+    def _rows_that_last(self) -> int:
+        """The largest number of rows for which no source is asked for more than it has."""
+        sizes = [int(first[-1]) for first in self._first_row]
+        low, high = 0, sum(sizes)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if all(a <= b for a, b in zip(self._pattern.counts(middle), sizes, strict=True)):
+                low = middle
+            else:
+                high = middle - 1
+        return low
 
     def rows(self, indices: np.ndarray | list[int] | range) -> Batch:
         """Rows number `indices`.
@@ -287,11 +367,19 @@ class ValidationSet:
             raise DataError(
                 f"row {index[(index < 0) | (index >= len(self))][0]}: the split has rows 0 to {len(self) - 1}"
             )
-        places = np.searchsorted(self._first_row, index, "right") - 1
-        offsets = (index - self._first_row[places]) * self._source.seq_length
-        tokens, valid, documents = self._source.read(places, offsets)
+        which, numbers = self._pattern.deal(index)
+        tokens, valid = np.empty((len(index), self.seq_length), np.int64), np.empty((len(index), self.seq_length), bool)
+        documents: list[np.ndarray] = [np.empty(0, np.int64)] * len(index)
+        for source, first, number in zip(self._sources, self._first_row, range(len(self._sources)), strict=True):
+            chosen = np.flatnonzero(which == number)
+            places = np.searchsorted(first, numbers[chosen], "right") - 1
+            offsets = (numbers[chosen] - first[places]) * self.seq_length
+            tokens[chosen], valid[chosen], starts, _ = source.read(places, offsets)
+            for row, start in zip(chosen.tolist(), starts, strict=True):
+                documents[row] = start
         return Batch(tokens, valid, index, index, documents)
 
     def close(self) -> None:
         """Close the shards."""
-        self._source.reader.close()
+        for source in self._sources:
+            source.reader.close()

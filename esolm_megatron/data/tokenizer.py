@@ -18,6 +18,16 @@ import numpy as np
 EOS = "<|endoftext|>"
 MASK_TEXT = "[MASK]"
 
+_FILES = [
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "config.json",
+]
+
 _END_NAMES = ("end", "eos", "</s>", "eot", "sep")
 _GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _PROBE = (
@@ -35,17 +45,18 @@ class Tokenizer:
     """Text to token ids and back.
 
     `vocab_size` counts the tokens without the mask; `vocab_size` itself is the mask's id. `eos_id` ends each document.
-    `fingerprint` is the sha256 of the definition. Text is only ever text: a document that spells out a special token
-    does not get its id.
+    `fingerprint` is the sha256 of the definition, and of the end-of-text token unless that is <|endoftext|>. Text is only
+    ever text: a document that spells out a special token does not get its id.
     """
 
-    def __init__(self, definition: dict[str, Any], source: str):
+    def __init__(self, definition: dict[str, Any], source: str, end_of_text: str = EOS):
         """`definition` is the tree of a tokenizer.json; `source` names it in errors."""
         from tokenizers import Tokenizer as Engine
 
         self._definition = {**definition, "truncation": None, "padding": None}
         canonical = json.dumps(self._definition, sort_keys=True, separators=(",", ":"))
-        self.fingerprint: str = hashlib.sha256(canonical.encode()).hexdigest()
+        named = "" if end_of_text == EOS else f"\n{end_of_text}"
+        self.fingerprint: str = hashlib.sha256((canonical + named).encode()).hexdigest()
         try:
             self._engine = Engine.from_str(canonical)
         except Exception as error:  # the library raises plain Exception
@@ -53,13 +64,19 @@ class Tokenizer:
         self._engine.encode_special_tokens = True
         vocab = self._engine.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(vocab.values(), default=-1) + 1
-        if EOS not in vocab:
+        if end_of_text not in vocab:
             near = [name for name in vocab if any(part in name.lower() for part in _END_NAMES) and name[0] in "<[|"]
             raise TokenizerError(
-                f"{source}: has no end-of-text token {EOS!r}; tokens that look like one: "
-                f"{', '.join(sorted(near)[:8]) or 'none'}; rename one in tokenizer.json, or add {EOS!r} there"
+                f"{source}: has no end-of-text token {end_of_text!r}; tokens that look like one: "
+                f"{', '.join(sorted(near)[:8]) or 'none'}; name one by end_of_text, or add {EOS!r} to tokenizer.json"
             )
-        self.eos_id: int = vocab[EOS]
+        self.eos_id: int = vocab[end_of_text]
+        self._end_of_text = end_of_text
+        if self.eos_id in self._engine.encode(end_of_text, add_special_tokens=False).ids:
+            raise TokenizerError(
+                f"{source}: {end_of_text!r} is an ordinary token, which a text may hold, and cannot end one; name a special "
+                f"token by end_of_text, or add {EOS!r} to tokenizer.json"
+            )
         self._fast: Any = None
         self._fast_tried = False
 
@@ -74,7 +91,7 @@ class Tokenizer:
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text as a uint32 array; equal to `encode` of each, by the fastest engine."""
         if not self._fast_tried:
-            self._fast, self._fast_tried = _tiktoken_engine(self._definition, self._engine), True
+            self._fast, self._fast_tried = _fast_engine(self._definition, self._engine), True
         if self._fast is not None:
             return [self._fast.encode_to_numpy(text, disallowed_special=()) for text in texts]
         encodings = self._engine.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -97,33 +114,77 @@ class Tokenizer:
         path = Path(folder) / "tokenizer.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self._definition, ensure_ascii=False) + "\n", encoding="utf-8")
+        if self._end_of_text != EOS:
+            names = json.dumps({"eos_token": self._end_of_text}, ensure_ascii=False)
+            path.with_name("tokenizer_config.json").write_text(names + "\n", encoding="utf-8")
         return path
 
 
-def load_tokenizer(name_or_folder: str | Path) -> Tokenizer:
-    """The tokenizer called "bytes", or the one in a folder or file.
+def load_tokenizer(name_or_folder: str | Path, end_of_text: str | None = None) -> Tokenizer:
+    """The tokenizer called "bytes", one in a folder or file, or hf://NAME[?revision=R] of the Hugging Face hub.
 
-    A folder holds `tokenizer.json`, or `vocab.json` and `merges.txt` of a byte-level BPE as GPT-2's.
+    A folder holds `tokenizer.json`, or `vocab.json` and `merges.txt` of a byte-level BPE as GPT-2's, or whatever else the
+    transformers library can turn into a `tokenizer.json`. `end_of_text` names the token that ends a document; None means
+    the `eos_token` of the folder's `tokenizer_config.json`, or <|endoftext|>.
 
     Raises:
         TokenizerError: nothing usable is there, or it has no end-of-text token.
     """
-    if str(name_or_folder) == "bytes":
-        return Tokenizer(_byte_definition(), "bytes")
-    path = Path(name_or_folder)
+    name = str(name_or_folder)
+    if name == "bytes":
+        return Tokenizer(_byte_definition(), "bytes", end_of_text or EOS)
+    path = _from_hub(name) if name.startswith("hf://") else Path(name_or_folder)
+    end = end_of_text or _declared_end(path if path.is_dir() else path.parent) or EOS
     if path.is_dir() and (path / "tokenizer.json").exists():
         path = path / "tokenizer.json"
     if path.is_file():
         definition = _read_json(path)
         if "model" not in definition:
             raise TokenizerError(f"{path}: has no field `model`; give the tokenizer.json of the `tokenizers` library")
-        return Tokenizer(definition, str(path))
+        return Tokenizer(definition, str(path), end)
+    if (path / "tokenizer_config.json").exists():
+        return Tokenizer(_transformers_definition(path), name, end)
     if (path / "vocab.json").exists() and (path / "merges.txt").exists():
-        return Tokenizer(_gpt2_definition(path), str(path))
+        return Tokenizer(_gpt2_definition(path), str(path), end)
     raise TokenizerError(
-        f"tokenizer {str(name_or_folder)!r}: not found; write bytes, or a folder with tokenizer.json, or with "
-        "vocab.json and merges.txt"
+        f"tokenizer {name!r}: not found; write bytes, or a folder with tokenizer.json, or with vocab.json and merges.txt, "
+        "or hf://NAME for one of the Hugging Face hub"
     )
+
+
+def _declared_end(folder: Path) -> str | None:
+    path = folder / "tokenizer_config.json"
+    token = _read_json(path).get("eos_token") if path.exists() else None
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _from_hub(address: str) -> Path:
+    """The folder that the hub's library keeps a tokenizer in, which is downloaded if it is not there."""
+    name, _, revision = address.removeprefix("hf://").partition("?revision=")
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=_FILES))
+    except Exception as error:  # the library's errors, and those of its transports
+        reason = str(error).strip().splitlines()
+        raise TokenizerError(
+            f"tokenizer {address!r}: cannot be downloaded: {type(error).__name__}: {reason[0] if reason else ''}; check the "
+            "name and the network, or download it elsewhere and give its folder"
+        ) from error
+
+
+def _transformers_definition(folder: Path) -> dict[str, Any]:
+    """The tokenizer.json that the transformers library makes of a folder in one of its older forms."""
+    try:
+        from transformers import AutoTokenizer
+
+        engine = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).backend_tokenizer
+        return json.loads(engine.to_str())
+    except Exception as error:  # the library raises whatever its parts do
+        raise TokenizerError(
+            f"tokenizer {str(folder)!r}: has no tokenizer.json, and the transformers library makes none of it: "
+            f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}; save a fast tokenizer there"
+        ) from error
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -> Tokenizer:
@@ -202,21 +263,31 @@ def _gpt2_definition(folder: Path) -> dict[str, Any]:
     return _byte_level_definition(_read_json(folder / "vocab.json"), merges)
 
 
-def _tiktoken_engine(definition: dict[str, Any], engine: Any) -> Any:
-    """A tiktoken encoder that gives exactly the ids of `engine`, or None where that cannot be shown."""
-    try:
-        import tiktoken
-    except ImportError:
-        return None
+class _ByteEngine:
+    """What tiktoken would do where each byte is its own id, but at the speed of a copy."""
+
+    def encode_to_numpy(self, text: str, disallowed_special: Sequence[str] = ()) -> np.ndarray:
+        return np.frombuffer(text.encode(), np.uint8).astype(np.uint32)
+
+
+def _fast_engine(definition: dict[str, Any], engine: Any) -> Any:
+    """An encoder, tiktoken's where that is installed, that gives exactly the ids of `engine`; None if that is not sure."""
     ranks = _tiktoken_ranks(definition, engine)
     if ranks is None:
         return None
-    level = definition["pre_tokenizer"]
-    pattern = _GPT2_PATTERN if level.get("use_regex", True) else r"(?s).+"
-    fast = tiktoken.Encoding("esolm", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    fast: Any = _ByteEngine()
+    if ranks != {bytes([byte]): byte for byte in range(256)}:
+        try:
+            import tiktoken
+        except ImportError:
+            return None
+        pattern = _GPT2_PATTERN if definition["pre_tokenizer"].get("use_regex", True) else r"(?s).+"
+        # no text is ever taken for the special token, but with none at all the search for them halts at every character
+        special = {EOS: max(ranks.values()) + 1}
+        fast = tiktoken.Encoding("esolm", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
     slow = engine.encode_batch_fast(list(_PROBE), add_special_tokens=False)
-    same = all(fast.encode_ordinary(text) == ids.ids for text, ids in zip(_PROBE, slow, strict=True))
-    return fast if same else None
+    found = (fast.encode_to_numpy(text, disallowed_special=()).tolist() for text in _PROBE)
+    return fast if all(ids == one.ids for ids, one in zip(found, slow, strict=True)) else None
 
 
 def _tiktoken_ranks(definition: dict[str, Any], engine: Any) -> dict[bytes, int] | None:

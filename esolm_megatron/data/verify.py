@@ -1,13 +1,15 @@
-"""A look into prepared tokens: is everything as it was written, and what does it say."""
+"""A look into prepared tokens: is everything as it was written, what is it like, and what does it say."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from esolm_megatron.data.picture import draw
 from esolm_megatron.data.shards import SPLITS, Manifest, ShardCorrupt, ShardReader
 from esolm_megatron.data.stream import ValidationSet
 from esolm_megatron.data.tokenizer import TokenizerError, load_tokenizer
@@ -22,35 +24,71 @@ class Report:
     tokens: dict[str, int]
     documents: dict[str, int]
     problems: tuple[str, ...]
+    bytes_per_token: float
+    """UTF-8 bytes of text, from the manifest, for each token, end-of-text tokens included."""
+    longest_document: int
+    """Tokens of the longest document, its end-of-text token included."""
+    median_document: float
+    unused_vocabulary: float
+    """Share of the vocabulary that occurs nowhere."""
 
     @property
     def ok(self) -> bool:
         """Nothing is wrong."""
         return not self.problems
 
+    def __str__(self) -> str:
+        counts = [f"{name}: {self.documents[name]:,} documents, {self.tokens[name]:,} tokens" for name in self.tokens]
+        return "\n".join(
+            [
+                f"{self.blocks:,} blocks in {self.shards:,} shards",
+                *counts,
+                f"{self.bytes_per_token:.3f} bytes of text for each token; {self.unused_vocabulary:.1%} of the vocabulary is "
+                "unused",
+                f"documents: median {self.median_document:,.0f} tokens, longest {self.longest_document:,}",
+            ]
+        )
 
-def verify(folder: str | Path) -> Report:
+
+class _Statistics:
+    """Counts of tokens and lengths of documents, gathered block by block in storage order."""
+
+    def __init__(self, manifest: Manifest):
+        self.eos_id = manifest.eos_id
+        self.token_counts = np.zeros(manifest.vocab_size, np.int64)
+        self.lengths: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+        self._begun = dict.fromkeys(SPLITS, 0)
+
+    def add(self, split: str, values: np.ndarray) -> None:
+        """Count the tokens of the next block of `split`."""
+        self.token_counts += np.bincount(values, minlength=len(self.token_counts))[: len(self.token_counts)]
+        ends = np.flatnonzero(values == self.eos_id) + 1
+        if len(ends):
+            lengths = np.diff(ends, prepend=0)
+            lengths[0] += self._begun[split]
+            self.lengths[split].append(lengths)
+            self._begun[split] = len(values) - int(ends[-1])
+        else:
+            self._begun[split] += len(values)
+
+    def document_lengths(self) -> dict[str, np.ndarray]:
+        """Tokens of each document, by split."""
+        return {split: np.concatenate([np.zeros(0, np.int64), *parts]) for split, parts in self.lengths.items()}
+
+
+def verify(folder: str | Path, plot: str | Path | None = None) -> Report:
     """What the shards themselves hold, and every way in which it is not what the manifest says.
+
+    plot: a PNG of the statistics that is written.
 
     Raises:
         DataError: the manifest, the index or the size of a shard is already wrong.
+        ConfigError: the picture cannot be drawn.
     """
     reader = ShardReader(folder)
-    manifest, problems = reader.manifest, []
-    for number, shard in enumerate(manifest.shards):
-        with open(reader.shard_path(number), "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != shard.sha256:
-            problems.append(
-                f"{reader.shard_path(number)}: has sha256 {found[:16]}..., the manifest says {shard.sha256[:16]}..."
-            )
-    try:
-        fingerprint = load_tokenizer(reader.folder / "tokenizer").fingerprint
-        if fingerprint != manifest.tokenizer_fingerprint:
-            problems.append(f"{reader.folder / 'tokenizer'}: is not the tokenizer of this data; copy it again")
-    except TokenizerError as error:
-        problems.append(str(error))
+    manifest, problems = reader.manifest, [*_wrong_shards(reader), *_wrong_tokenizer(reader)]
     tokens, documents = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
+    statistics = _Statistics(manifest)
     for split in SPLITS:
         for block in reader.split_blocks(split).tolist():
             try:
@@ -60,6 +98,7 @@ def verify(folder: str | Path) -> Report:
                 continue
             tokens[split] += len(values)
             documents[split] += len(starts)
+            statistics.add(split, values)
             problems += [
                 f"{reader.shard_path(int(reader.blocks[block]['shard']))}: block {block}: {text}"
                 for text in _block_problems(values, starts, manifest)
@@ -69,7 +108,37 @@ def verify(folder: str | Path) -> Report:
             if number != said:
                 problems.append(f"split {split}: has {number} {name}, the manifest says {said}")
     reader.close()
-    return Report(len(manifest.shards), len(reader.blocks), tokens, documents, tuple(problems))
+    lengths = statistics.document_lengths()
+    if plot is not None:
+        draw(plot, f"{Path(folder).name}: {sum(tokens.values()):,} tokens", statistics.token_counts, lengths)
+    every = np.concatenate([*lengths.values()])
+    return Report(
+        len(manifest.shards),
+        len(reader.blocks),
+        tokens,
+        documents,
+        tuple(problems),
+        bytes_per_token=manifest.text_bytes / max(1, sum(tokens.values())),
+        longest_document=int(every.max(initial=0)),
+        median_document=float(np.median(every)) if len(every) else 0.0,
+        unused_vocabulary=float((statistics.token_counts == 0).mean()),
+    )
+
+
+def _wrong_shards(reader: ShardReader) -> Iterator[str]:
+    for number, shard in enumerate(reader.manifest.shards):
+        with open(reader.shard_path(number), "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != shard.sha256:
+            yield f"{reader.shard_path(number)}: has sha256 {found[:16]}..., the manifest says {shard.sha256[:16]}..."
+
+
+def _wrong_tokenizer(reader: ShardReader) -> Iterator[str]:
+    try:
+        if load_tokenizer(reader.folder / "tokenizer").fingerprint != reader.manifest.tokenizer_fingerprint:
+            yield f"{reader.folder / 'tokenizer'}: is not the tokenizer of this data; copy it again"
+    except TokenizerError as error:
+        yield str(error)
 
 
 def _read_block(reader: ShardReader, block: int) -> tuple[np.ndarray, np.ndarray]:
@@ -90,10 +159,25 @@ def _block_problems(values: np.ndarray, starts: np.ndarray, manifest: Manifest) 
     return out
 
 
-def show(folder: str | Path, split: str = "train", rows: int = 4, seq_length: int = 256) -> list[str]:
-    """The first `rows` rows of `seq_length` tokens of a split, in storage order, as text."""
+@dataclass(frozen=True)
+class Row:
+    """A row of tokens as text, cut where documents start."""
+
+    parts: tuple[str, ...]
+    """Texts of the documents, or the parts of them that lie in the row; each that ends here ends with its end of text."""
+    continues: bool
+    """The first part began in the row before."""
+
+
+def show(folder: str | Path, split: str = "train", rows: int = 4, seq_length: int = 256) -> list[Row]:
+    """The first `rows` rows of `seq_length` tokens of a split, in storage order."""
     data = ValidationSet(folder, split=split, seq_length=seq_length)
     tokenizer = load_tokenizer(Path(folder) / "tokenizer")
     batch = data.rows(range(min(rows, len(data))))
     data.close()
-    return [tokenizer.decode(row[valid].tolist()) for row, valid in zip(batch.tokens, batch.valid, strict=True)]
+    out, continues = [], False
+    for tokens, valid, starts in zip(batch.tokens, batch.valid, batch.documents, strict=True):
+        parts = np.split(tokens[valid], starts)
+        out.append(Row(tuple(tokenizer.decode(part.tolist()) for part in parts), continues))
+        continues = bool(parts[-1][-1] != tokenizer.eos_id)
+    return out

@@ -18,16 +18,23 @@ So the clean rows are one plain causal call. A mask stream needs the `past` keys
 full call), the `recent` keys (here x1 x2; one causal call, shifted by one place), and its own key: three softmaxes over
 parts of a row, merged by log-sum-exp. In backward each part is the library's own flash backward, fed the *merged* output
 and log-sum-exp (the identity that ring attention uses), and elementwise terms for the own key.
+
+Where attention stays inside documents, each row's places are grouped by document, in the order within each. Then every
+document is a short row of its own, with a share of the mask stream that holds the last places of *its* order: the same two
+calls, on runs of tokens of varying length, laid end to end.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 aten = torch.ops.aten
@@ -55,27 +62,148 @@ class PackedLayout:
         return self.num_causal_rows * self.seq_length + sum(rows * capacity for rows, capacity in self.groups)
 
 
-class PackedAttention:
-    """The `attend` argument of the network for one layout."""
+@dataclass(frozen=True)
+class Runs:
+    """Runs of queries, each with its own run of keys, laid end to end.
 
-    def __init__(self, layout: PackedLayout):
-        self.layout = layout
+    query_sizes, key_sizes: tokens in each, on the host. query_ends, key_ends: (runs + 1,) int32, their running sums from 0.
+    """
+
+    query_sizes: tuple[int, ...]
+    key_sizes: tuple[int, ...]
+    query_ends: Tensor
+    key_ends: Tensor
+
+    @classmethod
+    def of(cls, query_sizes: NDArray[np.int64], key_sizes: NDArray[np.int64]) -> Runs:
+        """Runs of these sizes, none of which may be 0."""
+        ends = [torch.from_numpy(np.cumsum([0, *x]).astype(np.int32)) for x in (query_sizes, key_sizes)]
+        return cls(tuple(query_sizes.tolist()), tuple(key_sizes.tolist()), *ends)
+
+    def split(self, queries: Sequence[Tensor], keys: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+        """For each run, its piece of each tensor along dimension 2."""
+        pieces = [x.split(self.query_sizes, 2) for x in queries] + [x.split(self.key_sizes, 2) for x in keys]
+        return zip(*pieces, strict=True)
+
+    def to(self, device: torch.device) -> Runs:
+        """The same on a device."""
+        ends = [x.to(device, non_blocking=True) for x in (self.query_ends, self.key_ends)]
+        return Runs(self.query_sizes, self.key_sizes, *ends)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One call of a flash kernel: which queries attend to which keys, as indices along the tokens."""
+
+    queries: slice | Tensor
+    keys: slice | Tensor
+    causal: bool
+    runs: Runs | None = None
+
+    def to(self, device: torch.device) -> Part:
+        """The same on a device."""
+        queries, keys = (x.to(device) if isinstance(x, Tensor) else x for x in (self.queries, self.keys))
+        return Part(queries, keys, self.causal, None if self.runs is None else self.runs.to(device))
+
+
+def mask_parts(
+    query: NDArray[np.int64], queries: NDArray[np.int64], key: NDArray[np.int64], keys: NDArray[np.int64]
+) -> tuple[Part, ...]:
+    """The calls for runs of masks that hold the last places of runs of clean tokens; a run may have no masks.
+
+    query, key: where each run of masks, and its clean tokens, start. queries, keys: how many there are of both.
+    """
+    first = keys - queries
+    past, recent = (queries > 0) & (first > 0), queries > 1
+    out = []
+    if past.any():
+        out.append(_ragged(query[past], queries[past], key[past], first[past], causal=False))
+    if recent.any():
+        rest = queries[recent] - 1
+        out.append(_ragged(query[recent] + 1, rest, (key + first)[recent], rest, causal=True))
+    return tuple(out)
+
+
+@dataclass(frozen=True)
+class DocumentRuns:
+    """How documents cut a micro-batch: its causal rows, and the calls of its mask streams (all groups of them at once)."""
+
+    causal: Runs
+    masks: tuple[Part, ...]
+
+    @classmethod
+    def of(cls, causal: Sequence[NDArray[np.int64]], masks: Sequence[NDArray[np.int64]]) -> DocumentRuns:
+        """From the number of tokens that each row has of each of its documents; 0 is allowed.
+
+        causal: (rows, documents) of the plain rows, if any, and of each group's clean streams. masks: of each group's
+        mask streams, with the documents of its clean streams.
+        """
+        sizes = np.concatenate([x.ravel() for x in causal])
+        whole = Runs.of(sizes[sizes > 0], sizes[sizes > 0])
+        if not masks:
+            return cls(whole, ())
+        n = np.concatenate([x.ravel() for x in causal[len(causal) - len(masks) :]])
+        m = np.concatenate([x.ravel() for x in masks])
+        return cls(whole, mask_parts(np.cumsum(m) - m, m, np.cumsum(n) - n, n))
+
+    def to(self, device: torch.device) -> DocumentRuns:
+        """The same on a device."""
+        return DocumentRuns(self.causal.to(device), tuple(part.to(device) for part in self.masks))
+
+
+def _ragged(
+    query: NDArray[np.int64],
+    queries: NDArray[np.int64],
+    key: NDArray[np.int64],
+    keys: NDArray[np.int64],
+    *,
+    causal: bool,
+) -> Part:
+    """The part whose runs start at `query` and `key` and have so many `queries` and `keys`."""
+    from_query, from_key = (
+        torch.from_numpy(np.repeat(first - (np.cumsum(sizes) - sizes), sizes) + np.arange(sizes.sum()))
+        for first, sizes in ((query, queries), (key, keys))
+    )
+    return Part(from_query, from_key, causal, Runs.of(queries, keys))
+
+
+class PackedAttention:
+    """The `attend` argument of the network for one layout; inside documents only, where `documents` says how they lie."""
+
+    def __init__(self, layout: PackedLayout, documents: DocumentRuns | None = None):
+        self.layout, self.documents = layout, documents
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (T, N, D), k and v (T, G, D) -> (T, N, D)."""
+        if self.documents is not None:
+            return self._inside(self.documents, q, k, v)
         length, count = self.layout.seq_length, self.layout.num_causal_rows
         causal = count * length
-        rows = [x[:causal].view(count, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v)]
+        sizes = [causal, *(rows * capacity for rows, capacity in self.layout.groups)]
+        streams = list(zip(*(x.split(sizes) for x in (q, k, v)), strict=True))  # one concatenation in backward
+        rows = [x.view(count, length, *x.shape[1:]).transpose(1, 2) for x in streams[0]]
         parts = [causal_attention(*rows).transpose(1, 2).reshape(causal, *q.shape[1:])]
-        row, token = self.layout.num_plain, causal
-        for group_rows, capacity in self.layout.groups:
-            end = token + group_rows * capacity
-            masks = [x[token:end].view(group_rows, capacity, *x.shape[1:]).transpose(1, 2) for x in (q, k, v)]
-            clean = [x[row : row + group_rows] for x in rows[1:]]
-            out = mask_stream_attention(*masks, *clean)
-            parts.append(out.transpose(1, 2).reshape(end - token, *q.shape[1:]))
-            row, token = row + group_rows, end
+        row = self.layout.num_plain
+        for (group_rows, capacity), stream in zip(self.layout.groups, streams[1:], strict=True):
+            masks = [x.view(group_rows, capacity, *x.shape[1:]).transpose(1, 2) for x in stream]
+            out = mask_stream_attention(*masks, *(x[row : row + group_rows] for x in rows[1:]))
+            parts.append(out.transpose(1, 2).reshape(group_rows * capacity, *q.shape[1:]))
+            row += group_rows
         return torch.cat(parts)
+
+    def _inside(self, documents: DocumentRuns, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The same, each document by itself: all rows are one row of B = 1, cut into runs."""
+        length, plain = self.layout.seq_length, self.layout.num_plain * self.layout.seq_length
+        causal = self.layout.num_causal_rows * length
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        k, v = _shared_heads(q, k, v)
+        out = _CausalRuns.apply(q[:, :, :causal], k[:, :, :causal], v[:, :, :causal], documents.causal)
+        if self.layout.groups:
+            masks, clean = (
+                [x[:, :, which] for x in (q, k, v)] for which in (slice(causal, None), slice(plain, causal))
+            )
+            out = torch.cat([out, _MaskStream.apply(*masks, *clean[1:], documents.masks)], dim=2)
+        return out[0].transpose(0, 1)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -98,52 +226,50 @@ def mask_stream_attention(q: Tensor, k_self: Tensor, v_self: Tensor, k_clean: Te
     q (B, N, C, D): the last C places of the order. k_self, v_self (B, G, C, D). k_clean, v_clean (B, G, L, D), C <= L.
     Returns (B, N, C, D).
     """
+    return mask_stream_of_parts(q, k_self, v_self, k_clean, v_clean, parts=_parts(q.shape[2], k_clean.shape[2]))
+
+
+def mask_stream_of_parts(
+    q: Tensor, k_self: Tensor, v_self: Tensor, k_clean: Tensor, v_clean: Tensor, *, parts: tuple[Part, ...]
+) -> Tensor:
+    """The same where `parts` say which clean keys each mask sees besides its own."""
     k_self, v_self = _shared_heads(q, k_self, v_self)
     k_clean, v_clean = _shared_heads(q, k_clean, v_clean)
-    return _MaskStream.apply(q, k_self, v_self, k_clean, v_clean)
+    return _MaskStream.apply(q, k_self, v_self, k_clean, v_clean, parts)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Queries from `query` on, keys in [key, key_end)."""
-
-    query: int
-    key: int
-    key_end: int
-    causal: bool
-
-
-def _parts(capacity: int, length: int) -> list[_Part]:
+def _parts(capacity: int, length: int) -> tuple[Part, ...]:
     first = length - capacity
-    past = [_Part(0, 0, first, causal=False)] if first else []
-    recent = [_Part(1, first, length - 1, causal=True)] if capacity > 1 else []
-    return past + recent
+    past = [Part(slice(0, None), slice(0, first), causal=False)] if first else []
+    recent = [Part(slice(1, None), slice(first, length - 1), causal=True)] if capacity > 1 else []
+    return (*past, *recent)
 
 
 class _MaskStream(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k_self: Tensor, v_self: Tensor, k_clean: Tensor, v_clean: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k_self: Tensor, v_self: Tensor, k_clean: Tensor, v_clean: Tensor, parts: tuple[Part, ...]
+    ) -> Tensor:
         scale = 1 / math.sqrt(q.shape[-1])
         score = (q * k_self).sum(-1, dtype=_wide(q)) * scale
-        total, pieces = score, []
-        for part in _parts(q.shape[2], k_clean.shape[2]):
-            keys = slice(part.key, part.key_end)
+        total, pieces = score.clone(), []
+        for part in parts:
             out, lse = flash_forward(
-                q[:, :, part.query :], k_clean[:, :, keys], v_clean[:, :, keys], part.causal, scale
+                q[:, :, part.queries], k_clean[:, :, part.keys], v_clean[:, :, part.keys], part.causal, scale, part.runs
             )
-            pieces.append((part.query, out, lse))
-            seen = torch.logaddexp(total[:, :, part.query :], lse)
-            total = torch.cat([total[:, :, : part.query], seen], dim=2) if part.query else seen
+            pieces.append((part.queries, out, lse))
+            total[:, :, part.queries] = torch.logaddexp(total[:, :, part.queries], lse)
         p_self = torch.exp(score - total)
         merged = p_self[..., None] * v_self
-        for query, out, lse in pieces:
-            merged[:, :, query:] += torch.exp(lse - total[:, :, query:])[..., None] * out
+        for queries, out, lse in pieces:
+            merged[:, :, queries] += torch.exp(lse - total[:, :, queries])[..., None] * out
         merged = merged.to(q.dtype)
         ctx.save_for_backward(q, k_self, v_self, k_clean, v_clean, merged, total, p_self)
+        ctx.parts = parts
         return merged
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k_self, v_self, k_clean, v_clean, merged, total, p_self = ctx.saved_tensors
         scale, grad = 1 / math.sqrt(q.shape[-1]), grad.contiguous()
         wide = _wide(q)
@@ -151,61 +277,120 @@ class _MaskStream(torch.autograd.Function):
         d_score = (p_self * delta * scale)[..., None]
         dq = d_score * k_self
         dk, dv = torch.zeros_like(k_clean), torch.zeros_like(v_clean)
-        for part in _parts(q.shape[2], k_clean.shape[2]):
-            keys, from_query = slice(part.key, part.key_end), slice(part.query, None)
+        for part in ctx.parts:
+            queries, keys = part.queries, part.keys
             gq, gk, gv = flash_backward(
-                grad[:, :, from_query],
-                q[:, :, from_query],
+                grad[:, :, queries],
+                q[:, :, queries],
                 k_clean[:, :, keys],
                 v_clean[:, :, keys],
-                merged[:, :, from_query],
-                total[:, :, from_query],
+                merged[:, :, queries],
+                total[:, :, queries],
                 part.causal,
                 scale,
+                part.runs,
             )
-            dq[:, :, from_query] += gq
+            dq[:, :, queries] += gq
             dk[:, :, keys] += gk
             dv[:, :, keys] += gv
-        return dq.to(q.dtype), (d_score * q).to(q.dtype), (p_self[..., None] * grad).to(q.dtype), dk, dv
+        own = (d_score * q).to(q.dtype), (p_self[..., None] * grad).to(q.dtype)
+        return dq.to(q.dtype), *own, dk, dv, None
+
+
+class _CausalRuns(torch.autograd.Function):
+    """Causal attention inside each run of tokens. q, k, v (1, N, T, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, runs: Runs) -> Tensor:
+        out, lse = flash_forward(q, k, v, True, 1 / math.sqrt(q.shape[-1]), runs)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.runs = runs
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        scale = 1 / math.sqrt(q.shape[-1])
+        return *flash_backward(grad.contiguous(), q, k, v, out, lse, True, scale, ctx.runs), None
 
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def flash_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def flash_forward(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, runs: Runs | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention and its natural log-sum-exp, from the device's flash kernel.
 
     q (B, N, Q, D); k, v (B, N, K, D); causal only with Q = K. Returns (B, N, Q, D) and (B, N, Q) in fp32 (fp64 for
-    fp64). CUDA kernels exist for bf16 and fp16; wider types on a GPU take the plain computation.
+    fp64). runs: what is said for Q and K holds inside each run, with B = 1. CUDA kernels exist for bf16 and fp16, and take
+    all runs at once; wider types on a GPU take the plain computation.
     """
+    kernel = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    if runs is not None and kernel:
+        rows = [x[0].transpose(0, 1) for x in (q, k, v)]
+        out, lse = aten._flash_attention_forward(*rows, *_cuts(runs), 0.0, causal, False, scale=scale)[:2]
+        return out.transpose(0, 1)[None], lse[None]
+    if runs is not None:
+        pieces = [flash_forward(a, b, c, causal, scale) for a, b, c in runs.split([q], [k, v])]
+        out, lse = (torch.cat(x, 2) for x in zip(*pieces, strict=True))
+        return out, lse
     if not q.is_cuda:
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-    if q.dtype not in (torch.bfloat16, torch.float16):
+    if not kernel:
         weights, lse = _dense_weights(q, k, causal, scale)
         return weights @ v, lse
     return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
 
 
 def flash_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+    runs: Runs | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v through the keys given here, where `out` and `lse` may come from more keys than these."""
+    kernel = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    if runs is not None and not kernel:
+        pieces = [
+            flash_backward(g, a, b, c, o, s, causal, scale)
+            for g, a, o, s, b, c in runs.split([grad, q, out, lse], [k, v])
+        ]
+        dq, dk, dv = (torch.cat(x, 2) for x in zip(*pieces, strict=True))
+        return dq, dk, dv
     if not q.is_cuda:
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, out, lse.contiguous(), 0.0, causal, scale=scale
         )
-    if q.dtype not in (torch.bfloat16, torch.float16):
+    if not kernel:
         scores = _dense_scores(q, k, causal, scale)
         weights = torch.exp(scores - lse[..., None])
         d_scores = weights * (grad @ v.transpose(-1, -2) - (grad * out).sum(-1, keepdim=True)) * scale
         return d_scores @ k, d_scores.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ grad
-    none = torch.empty(0, dtype=torch.int32, device=q.device)
     state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # dropout's generator state, unread at dropout 0
+    if runs is not None:
+        rows = [x[0].transpose(0, 1) for x in (grad, q, k, v, out)]
+        gradients = aten._flash_attention_backward(
+            *rows, lse[0].contiguous(), *_cuts(runs), 0.0, causal, state, state, scale=scale
+        )
+        dq, dk, dv = (x.transpose(0, 1)[None] for x in gradients)
+        return dq, dk, dv
+    none = torch.empty(0, dtype=torch.int32, device=q.device)
     return aten._scaled_dot_product_flash_attention_backward(
         grad, q, k, v, out.contiguous(), lse.contiguous(), none, none, q.shape[2], k.shape[2], 0.0, causal, state, state,
         scale=scale,
     )  # fmt: skip
+
+
+def _cuts(runs: Runs) -> tuple[Tensor, Tensor, int, int]:
+    """What the CUDA kernels want to know of runs."""
+    return runs.query_ends, runs.key_ends, max(runs.query_sizes), max(runs.key_sizes)
 
 
 def _dense_scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from esolm_megatron.config import ModelConfig
+from esolm_megatron.model.loss import predicted_losses, wide_product
 from esolm_megatron.topology import padded_vocab
 
 
@@ -107,8 +108,8 @@ class Linears(Protocol):
     def own_tokens(self, per_token: Tensor) -> Tensor:
         """(T,) -> the (T',) entries of this rank's tokens."""
 
-    def token_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """fp32 (M, V / tensor_size) logits, which may be overwritten, and (M,) targets -> (M,) losses."""
+    def over_ranks(self, x: Tensor, how: Literal["max", "sum"]) -> Tensor:
+        """(M,) -> its maximum or sum over the tensor ranks, without a gradient; x may be overwritten."""
 
     def empty(self, *shape: int) -> nn.Parameter:
         """An uninitialised parameter of the run's dtype and device."""
@@ -149,9 +150,9 @@ class PlainLinears:
 
     scatter_tokens = gather_tokens = own_tokens = copy_to_ranks
 
-    def token_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy of each row."""
-        return F.cross_entropy(logits, targets, reduction="none")
+    def over_ranks(self, x: Tensor, how: Literal["max", "sum"]) -> Tensor:
+        """x."""
+        return x
 
     def empty(self, *shape: int) -> nn.Parameter:
         """An uninitialised parameter."""
@@ -204,9 +205,7 @@ class _Fp32Logits(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         """(M, H), (V, H) -> fp32 (M, V)."""
         ctx.save_for_backward(x, weight)
-        if x.is_cuda:
-            return torch.mm(x, weight.t(), out_dtype=torch.float32)
-        return x.float() @ weight.float().t()
+        return wide_product(x, weight.t())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -217,7 +216,7 @@ class _Fp32Logits(torch.autograd.Function):
 
 
 class VocabHead(nn.Module):
-    """The output head: hidden states to fp32 logits of this rank's slice of the vocabulary.
+    """The output head: hidden states to fp32 logits of this rank's slice of the vocabulary, or to losses.
 
     The mask token and the padding of the vocabulary get minus infinity.
     """
@@ -235,18 +234,29 @@ class VocabHead(nn.Module):
             self.bias = linears.empty(size)
             mark(self.bias, split)
 
-    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
-        """(M, H) -> (M, V / tensor_size), fp32 (fp64 for fp64 weights); `weight` is the tied embedding."""
+    def forward(self, x: Tensor, weight: Tensor | None = None, targets: Tensor | None = None) -> Tensor:
+        """(M, H) -> (M, V / tensor_size), or (M,) losses where `targets` (M,) are given; fp32 (fp64 for fp64 weights).
+
+        weight: the tied embedding.
+        """
         matrix = self.weight if weight is None else weight
         assert matrix is not None
-        x = self.linears.copy_to_ranks(x)
+        x, num_ids = self.linears.copy_to_ranks(x), max(self.mask_id - self.start, 0)
+        if targets is not None:
+            return predicted_losses(
+                x,
+                matrix,
+                self.bias,
+                targets,
+                first_id=self.start,
+                num_ids=num_ids,
+                over_ranks=self.linears.over_ranks,
+            )
         low = x.dtype in (torch.bfloat16, torch.float16)
         logits = _Fp32Logits.apply(x, matrix) if low else F.linear(x, matrix)
         if self.bias is not None:
             logits = logits + self.bias.to(logits.dtype)
-        logits[:, max(self.mask_id - self.start, 0) :] = float(
-            "-inf"
-        )  # in place: nothing saved for backward is changed
+        logits[:, num_ids:] = float("-inf")  # in place: nothing saved for backward is changed
         return logits
 
 

@@ -1,8 +1,8 @@
 """The inference folder: one model's weights, shape and tokenizer, written whole or not at all.
 
 model.safetensors, or several such files with an index, holds every parameter under its name in the network; config.json,
-flat, the fields of ModelConfig, alpha_0 and facts about the training; hashes.json the size and sha256 of each file. Beside
-them lie the tokenizer's files, and what other tools want (checkpoints_conversion/hub.py).
+flat, the fields of ModelConfig, alpha_0, cross_document and facts about the training; hashes.json the size and sha256 of each
+file. Beside them lie the tokenizer's files, and what other tools want (checkpoints_conversion/hub.py).
 """
 
 from __future__ import annotations
@@ -63,12 +63,14 @@ class PretrainedInfo:
     """What config.json says.
 
     alpha_0: the expected fraction of tokens that the model was trained to make by diffusion. dtype: the widest one stored.
+    cross_document: whether attention crossed the boundaries of documents in training.
     """
 
     model: ModelConfig
     alpha_0: float
     facts: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
+    cross_document: bool = True
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -84,6 +86,7 @@ def save_model(
     tensors: Iterable[tuple[str, Tensor]] | Callable[[str], Tensor],
     *,
     dtype: torch.dtype | Mapping[str, torch.dtype] = torch.float32,
+    cross_document: bool = True,
     facts: Mapping[str, Any] | None = None,
     tokenizer_folder: str | Path | None = None,
     extra: Mapping[str, str] | None = None,
@@ -119,6 +122,7 @@ def save_model(
         "format_version": FORMAT_VERSION,
         **config.model_dump(mode="json"),
         "alpha_0": alpha_0,
+        "cross_document": cross_document,
         "torch_dtype": str(entries[0].dtype).removeprefix("torch."),
         **dict(extra_config or {}),
         "facts": dict(facts or {}),
@@ -307,7 +311,10 @@ def read_config(folder: str | Path) -> PretrainedInfo:
         raise PretrainedError(f"{path}: alpha_0 = {alpha_0!r}: must be a number between 0 and 1")
     if dtype not in _FLOATS:
         raise PretrainedError(f"{path}: torch_dtype = {dtype!r}: must be one of {', '.join(_FLOATS)}")
-    return PretrainedInfo(model, float(alpha_0), dict(tree.get("facts") or {}), _FLOATS[dtype])
+    crosses = tree.get("cross_document", True)
+    if not isinstance(crosses, bool):
+        raise PretrainedError(f"{path}: cross_document = {crosses!r}: must be true or false")
+    return PretrainedInfo(model, float(alpha_0), dict(tree.get("facts") or {}), _FLOATS[dtype], crosses)
 
 
 def _what_is_it(folder: Path, missing: str) -> str:

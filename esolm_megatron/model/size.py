@@ -14,6 +14,9 @@ from esolm_megatron.topology import balanced_stages, padded_vocab
 BACKWARD = 2
 """A backward pass multiplies two matrices for each one of the forward pass."""
 
+LOGITS_PER_CHUNK, KEPT_CHUNKS = 2**25, 4
+"""Logits that the loss makes at once, and how many such chunks it keeps for the backward pass (model/loss.py)."""
+
 
 def layer_parameters(model: ModelConfig, tensor_size: int = 1) -> int:
     """Parameters of one block that a tensor rank holds.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,18 @@ from esolm_megatron.model.rotary import rotary_tables, rotate
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q (T, N, D), k (T, G, D), v (T, G, D)) -> (T, N, D)."""
+
+
+class Wanted(Protocol):
+    """What the last block is to compute (model/last.py)."""
+
+    fed: Tensor
+    """(P,) tokens whose queries it is fed."""
+    within: Tensor
+    """(M,) which of those carry loss."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (P, N, D) of those tokens, k and v (T, G, D) of all -> (P, N, D)."""
 
 
 class Attention(nn.Module):
@@ -42,8 +55,8 @@ class Attention(nn.Module):
             self.q_norm = Norm(config, linears, width, kind="rmsnorm", per_head=True)
             self.k_norm = Norm(config, linears, width, kind="rmsnorm", per_head=True)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        """(T', 1, H) -> (T', 1, H)."""
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, fed: Tensor | None) -> Tensor:
+        """(T', 1, H) -> (T', 1, H), or (P', 1, H) for the P tokens `fed` if only their queries are wanted."""
         y = self.qkv(x)
         tokens = y.shape[0]
         y = y.view(tokens, self.kv_heads, self.queries + 2, self.head_dim)
@@ -51,8 +64,9 @@ class Attention(nn.Module):
         k, v = y[:, :, self.queries], y[:, :, self.queries + 1]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        mixed = attend(self.layer, rotate(q, rope), rotate(k, rope), v)
-        return self.out(mixed.reshape(tokens, 1, -1))
+        q, k = rotate(q, rope), rotate(k, rope)
+        mixed = attend(self.layer, q if fed is None else q.index_select(0, fed), k, v)
+        return self.out(mixed.reshape(len(mixed), 1, -1))
 
 
 class Block(nn.Module):
@@ -60,16 +74,21 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, linears: Linears, layer: int):
         super().__init__()
-        self.layer, self.dropout = layer, config.dropout
+        self.layer, self.dropout, self.linears = layer, config.dropout, linears
         self.norm1 = Norm(config, linears, config.hidden_size)
         self.attention = Attention(config, linears, layer)
         self.norm2 = Norm(config, linears, config.hidden_size)
         self.mlp = Mlp(config, linears)
         self.recompute_mlp = False
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, ids: Tensor | None) -> Tensor:
-        """(T', 1, H) -> (T', 1, H)."""
-        x = x + self._drop(self.attention(self.norm1(x), rope, attend), ids, 1)
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, ids: Tensor | None, fed: Tensor | None = None
+    ) -> Tensor:
+        """(T', 1, H) -> (T', 1, H), or (P', 1, H) for the P tokens `fed`, to which `ids` then belong."""
+        mixed = self.attention(self.norm1(x), rope, attend, fed)
+        if fed is not None:
+            x = self.linears.scatter_tokens(self.linears.gather_tokens(x).index_select(0, fed))
+        x = x + self._drop(mixed, ids, 1)
         if self.recompute_mlp and torch.is_grad_enabled():
             y = checkpoint(self._mlp, x, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -126,16 +145,19 @@ class EsoLM(nn.Module):
         places: Tensor | None = None,
         targets: Tensor | None = None,
         dropout_ids: Tensor | None = None,
+        last: Wanted | None = None,
     ) -> Tensor:
         """Hidden states of this stage, or at the last one logits, or token losses where `targets` are given.
 
         tokens, positions: (T,) int64, packed. places: (M,) indices of the tokens that the head looks at; all by default.
         targets: (M,) ids. dropout_ids: (T,) int32, one for each token of the step; None turns dropout off.
+        last: lets the last block compute what `places` need, and no more.
         Returns (T', 1, H), (M, V / tensor_size) or (M,).
         """
-        ids = None
+        ids = last_ids = None
         if dropout_ids is not None and self.shape.dropout > 0:
             ids = self.linears.own_tokens(dropout_ids)
+            last_ids = None if last is None else self.linears.own_tokens(dropout_ids.index_select(0, last.fed))
         if self.first:
             x = self.linears.scatter_tokens(self.embedding(tokens[None]).transpose(0, 1).contiguous())
             x = x if ids is None else hashed_dropout(x, ids, 0, self.shape.dropout)
@@ -144,18 +166,20 @@ class EsoLM(nn.Module):
             x = self.input_tensor
         rope = rotary_tables(positions, self.shape.head_dim, self.shape.rope_base, x.dtype)
         for block in self.layers.values():
+            inputs: tuple[Any, ...] = (x, rope, attend, ids)
+            if last is not None and block.layer == self.shape.num_layers - 1:
+                inputs, places = (x, rope, last, last_ids, last.fed), last.within
             if self.recompute_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, attend, ids, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, rope, attend, ids)
+                x = block(*inputs)
         if not self.last:
             return x
         x = self.linears.gather_tokens(self.final_norm(x)).squeeze(1)
         if places is not None:
             x = x.index_select(0, places)
         tied = self.embedding.weight if self.head.weight is None else None
-        logits = self.head(x, tied)
-        return logits if targets is None else self.linears.token_losses(logits, targets)
+        return self.head(x, tied, targets)
 
     def whole_names(self) -> dict[str, str]:
         """Local parameter name -> its name in the whole network; a tied head's copy is the embedding."""

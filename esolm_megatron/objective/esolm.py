@@ -6,7 +6,8 @@ as one static row of tokens (see model/attention.py). Both are pure; draws are k
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from esolm_megatron.config import ObjectiveConfig
-from esolm_megatron.model.attention import PackedLayout
+from esolm_megatron.model.attention import DocumentRuns, PackedAttention, PackedLayout
+from esolm_megatron.model.last import LastBlock
 from esolm_megatron.objective.noise import antithetic_times, elbo_weight, uniforms, words
 from esolm_megatron.objective.order import clean_random_then_left_to_right, clean_then_masked_random, random_order
 
@@ -27,7 +29,8 @@ class OrderedRows:
     """Rows whose noise is drawn. All arrays are (B, L) over sequence positions, `order` excepted.
 
     tokens: true ids. order: position generated k-th. masked: fed as masks. weights: what -log p of a token counts; 0
-    where it carries no loss. rows: (B,) global row in the batch, or any id that tells rows apart.
+    where it carries no loss. rows: (B,) global row in the batch, or any id that tells rows apart. documents: number of the
+    document that each position belongs to, from 0, where a token sees only its own; None where it sees the whole row.
     """
 
     tokens: NDArray[np.int64]
@@ -35,12 +38,44 @@ class OrderedRows:
     masked: NDArray[np.bool_]
     weights: NDArray[np.float64]
     rows: NDArray[np.int64]
+    documents: NDArray[np.int64] | None = None
 
     def __getitem__(self, which: slice) -> OrderedRows:
         """Some of the rows."""
+        documents = None if self.documents is None else self.documents[which]
         return OrderedRows(
-            self.tokens[which], self.order[which], self.masked[which], self.weights[which], self.rows[which]
+            self.tokens[which], self.order[which], self.masked[which], self.weights[which], self.rows[which], documents
         )
+
+    def stream(self, first_place: int) -> NDArray[np.int64]:
+        """Positions in the order in which they are fed: places from `first_place` on, each document's together."""
+        order = self.order[:, first_place:]
+        if self.documents is None:
+            return order
+        return np.take_along_axis(order, np.argsort(self._in_order(order), axis=1, kind="stable"), axis=1)
+
+    def document_sizes(self, first_place: int) -> NDArray[np.int64]:
+        """How many of these places each document has: (B, documents)."""
+        assert self.documents is not None
+        count = int(self.documents.max(initial=-1)) + 1
+        found = self._in_order(self.order[:, first_place:]) + np.arange(len(self.order))[:, None] * count
+        return np.bincount(found.ravel(), minlength=len(self.order) * count).reshape(-1, count)
+
+    def _in_order(self, order: NDArray[np.int64]) -> NDArray[np.int64]:
+        assert self.documents is not None
+        return np.take_along_axis(self.documents, order, axis=1)
+
+
+def document_numbers(starts: Sequence[NDArray[np.int64]], valid: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Number of the document that each position belongs to, from 0: (B, L). Padding is one more, seen by nobody else.
+
+    starts: for each row, where inside it documents start (place 0 is left out, or not). valid: (B, L).
+    """
+    numbers = np.zeros(valid.shape, np.int64)
+    for row, places in zip(numbers, starts, strict=True):
+        row[places[places > 0]] = 1
+    numbers = numbers.cumsum(axis=1)
+    return np.where(valid, numbers, numbers[:, -1:] + 1)
 
 
 @dataclass(frozen=True)
@@ -49,7 +84,8 @@ class PackedBatch:
 
     tokens, positions: (T,) int64. places: (M,) int64, the tokens that carry loss; targets (M,) their true ids; weights
     (M,) fp64 what each counts; parts (M,) DIFFUSION or SEQUENTIAL; sources (M,) which of the micro-batch's rows it
-    belongs to, plain rows first. dropout_ids: (T,) int32.
+    belongs to, plain rows first. dropout_ids: (T,) int32. documents: where they lie, if attention stays inside them.
+    last: what the last block computes.
     """
 
     layout: PackedLayout
@@ -61,11 +97,19 @@ class PackedBatch:
     parts: Tensor
     sources: Tensor
     dropout_ids: Tensor
+    last: LastBlock
+    documents: DocumentRuns | None = None
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same on a device."""
         tensors = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return PackedBatch(layout=self.layout, **tensors)
+        documents = None if self.documents is None else self.documents.to(device)
+        return PackedBatch(layout=self.layout, last=self.last.to(device), documents=documents, **tensors)
+
+    @property
+    def attend(self) -> PackedAttention:
+        """What its tokens see of each other, on its device."""
+        return PackedAttention(self.layout, self.documents)
 
 
 def draw_diffusion(
@@ -163,7 +207,7 @@ def padding_last(order: NDArray[np.int64], valid: NDArray[np.bool_]) -> NDArray[
 def pack(
     plain: OrderedRows | None, groups: list[tuple[OrderedRows, int, int]], mask_id: int, *key: int | str
 ) -> PackedBatch:
-    """Rows laid out as one micro-batch.
+    """Rows laid out as one micro-batch. All of them have documents, or none.
 
     plain: rows fed once, masks in place (diffusion). groups: (rows, capacity, part) fed as two streams.
     key: (seed, step), for the dropout ids.
@@ -203,18 +247,23 @@ class _Pieces:
         self.ids: list[NDArray[np.int64]] = []
         self.loss: list[tuple[NDArray[np.int64], ...]] = []
         self.weights: list[NDArray[np.float64]] = []
+        self.sizes: tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]] = [], []  # of runs: causal rows, masks
+        self.by_document = False
 
     def add_stream(self, rows: OrderedRows, fed: NDArray[np.int64], first_place: int, stream: int) -> None:
         """Feed the places from `first_place` on of each row's order."""
-        order = rows.order[:, first_place:]
+        order = rows.stream(first_place)
         self.tokens.append(np.take_along_axis(fed, order, 1).ravel())
         self.positions.append(order.ravel())
         self.ids.append(((rows.rows[:, None] * 3 + stream) * self.length + order).ravel())
         self.count += order.size
+        self.by_document = rows.documents is not None
+        sizes = rows.document_sizes(first_place) if self.by_document else np.full((len(order), 1), order.shape[1])
+        self.sizes[stream == 2].append(sizes)
 
     def add_loss(self, rows: OrderedRows, first_place: int, part: int, first_row: int) -> None:
         """Say which of the places that the next `add_stream` feeds carry loss."""
-        order = rows.order[:, first_place:]
+        order = rows.stream(first_place)
         weights = np.take_along_axis(rows.weights, order, 1)
         where = np.flatnonzero(weights)
         row = where // order.shape[1]
@@ -238,6 +287,8 @@ class _Pieces:
             parts=parts,
             sources=sources,
             dropout_ids=torch.from_numpy(ids.astype(np.int32)),
+            last=LastBlock.of(layout, np.sort(places.numpy()), *self.sizes),
+            documents=DocumentRuns.of(*self.sizes) if self.by_document else None,
         )
 
 
@@ -263,11 +314,13 @@ def draw_step(
     num_micro_batches: int,
     capacity: int,
     key: tuple[int | str, ...],
+    documents: NDArray[np.int64] | None = None,
 ) -> Noised:
     """A rank's rows of a global batch, noised and packed.
 
     tokens, valid: (B, L). rows: (B,) ascending global rows; those below global_batch_size x diffusion fraction are the
-    diffusion part. key: (seed, step).
+    diffusion part. key: (seed, step). documents: (B, L) from `document_numbers`, where attention stays inside documents;
+    the noise is the same with and without.
 
     Raises:
         ValueError: the rows of either part do not divide into the micro-batches.
@@ -283,6 +336,8 @@ def draw_step(
         diffusion = draw_diffusion(tokens[first], valid[first], rows[first], num_diffusion, config, *key)
     if first.stop < len(rows):
         sequential = draw_sequential(tokens[rest], valid[rest], rows[rest], config.alpha_0, capacity, *key)
+    if documents is not None:
+        diffusion, sequential = _cut(diffusion, documents[first]), _cut(sequential, documents[rest])
     batches = [
         _pack_parts(_share(diffusion, i, num_micro_batches), _share(sequential, i, num_micro_batches), config, capacity,
                     mask_id, key)
@@ -301,6 +356,7 @@ def draw_validation(
     *,
     mask_id: int,
     key: tuple[int | str, ...],
+    documents: NDArray[np.int64] | None = None,
 ) -> Noised:
     """Every row in both parts of the bound (not one half of the rows in each, as the reference has it), as one batch."""
     exact = config.model_copy(update={"diffusion_loss": "elbo"})
@@ -310,9 +366,15 @@ def draw_validation(
         diffusion = draw_diffusion(tokens, valid, rows, num_rows, exact, *key)
     if config.alpha_0 < 1:
         sequential = draw_sequential(tokens, valid, rows, config.alpha_0, length, *key)
+    if documents is not None:
+        diffusion, sequential = _cut(diffusion, documents), _cut(sequential, documents)
     batch = _pack_parts(diffusion, sequential, exact, length, mask_id, key)
     counts = [float(both) if part is not None else 0.0 for part in (diffusion, sequential)]
     return Noised([batch], torch.tensor(counts, dtype=torch.float64))
+
+
+def _cut(rows: OrderedRows | None, documents: NDArray[np.int64]) -> OrderedRows | None:
+    return None if rows is None else replace(rows, documents=documents)
 
 
 def _share(rows: OrderedRows | None, index: int, count: int) -> OrderedRows | None:

@@ -12,37 +12,44 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from esolm_megatron.model.attention import PackedAttention
 from esolm_megatron.model.transformer import EsoLM
 from esolm_megatron.objective.esolm import SEQUENTIAL, OrderedRows, PackedBatch, pack
 
 
 def ordered_batch(
-    tokens: NDArray[np.int64], order: NDArray[np.int64], weights: NDArray[np.float64], mask_id: int
+    tokens: NDArray[np.int64],
+    order: NDArray[np.int64],
+    weights: NDArray[np.float64],
+    mask_id: int,
+    documents: NDArray[np.int64] | None = None,
 ) -> PackedBatch:
     """Rows as one two-stream micro-batch that predicts the places where `weights` is not zero. All arrays (B, L)."""
     rows = np.arange(len(tokens))
-    everything = OrderedRows(tokens, order, np.ones(tokens.shape, bool), weights, rows)
+    everything = OrderedRows(tokens, order, np.ones(tokens.shape, bool), weights, rows, documents)
     return pack(None, [(everything, tokens.shape[1], SEQUENTIAL)], mask_id, 0)
 
 
-def log_likelihood(model: EsoLM, tokens: Tensor, order: Tensor, *, scored: Tensor | None = None) -> Tensor:
+def log_likelihood(
+    model: EsoLM, tokens: Tensor, order: Tensor, *, scored: Tensor | None = None, documents: Tensor | None = None
+) -> Tensor:
     """log p(tokens | order) of each row, exact, with gradients: (B,), fp32 or better.
 
     tokens, order: (B, L) int64; `order[k]` is the position generated k-th. scored: (B, L) bool, the positions whose
     log-probabilities are summed, all by default: leave out a prompt (which must come first in the order) or padding
-    (which must come last).
+    (which must come last). documents: (B, L) int64 from 0, which document each position belongs to; a token is then given
+    those before it in its own document only. One document by default.
 
     Raises:
         ValueError: shapes differ, a row of `order` is no permutation, or a token is outside the vocabulary.
     """
     check_rows(tokens, order, model.shape.mask_id)
+    if documents is not None and (documents.shape != tokens.shape or (documents.numel() and int(documents.min()) < 0)):
+        raise ValueError(f"documents {tuple(documents.shape)} must be numbers from 0, (B, L) = {tuple(tokens.shape)}")
     weights = torch.ones_like(tokens) if scored is None else scored
     ids, places, counted = (x.detach().cpu().numpy() for x in (tokens, order, weights.to(torch.float64)))
-    batch = ordered_batch(ids, places, counted, model.shape.mask_id).to(tokens.device)
-    losses = model(
-        batch.tokens, batch.positions, PackedAttention(batch.layout), places=batch.places, targets=batch.targets
-    )
+    owners = None if documents is None else documents.detach().cpu().numpy()
+    batch = ordered_batch(ids, places, counted, model.shape.mask_id, owners).to(tokens.device)
+    losses = model(batch.tokens, batch.positions, batch.attend, targets=batch.targets, last=batch.last)
     return -losses.new_zeros(len(tokens)).index_add(0, batch.sources, losses)
 
 

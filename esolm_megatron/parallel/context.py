@@ -14,15 +14,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from esolm_megatron.model.last import LastBlock
 from esolm_megatron.model.transformer import Attend
 from esolm_megatron.objective.esolm import PackedBatch
 
 
-def own_share(batch: PackedBatch, rank: int, size: int) -> PackedBatch:
+def own_share(batch: PackedBatch, rank: int, size: int, multiple: int = 1) -> PackedBatch:
     """What a context rank feeds of a micro-batch: its tokens, and those of them that carry loss; maybe none.
 
-    The layout stays that of the whole. Raises ValueError where the tokens do not divide.
+    The layout stays that of the whole. multiple: of the tokens that its last block is fed, for sequence parallelism.
+    Raises ValueError where the tokens do not divide.
     """
+    batch = replace(batch, last=batch.last.share(batch.places, rank, size, multiple))
     if size == 1:
         return batch
     if batch.layout.num_tokens % size:
@@ -48,13 +51,31 @@ class ContextAttention:
         self.attend, self.group, self.size = attend, group, dist.get_world_size(group)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (t, N, D), k and v (t, G, D) of this rank's t = T/C tokens -> (t, N, D). C divides N and G."""
-        t, c = q.shape[0], self.size
-        together = torch.cat([x.reshape(t, c, x.shape[1] // c, x.shape[2]) for x in (q, k, v)], dim=2)
-        whole = _Exchange.apply(together, self.group).flatten(0, 1)  # (T, (N + 2G) / C, D)
-        queries, keys = q.shape[1] // c, k.shape[1] // c
-        mixed = self.attend(layer, *whole.split([queries, keys, keys], dim=1))
-        return _Exchange.apply(mixed.view(t, c, queries, -1), self.group).flatten(1, 2)
+        """q (p, N, D), k and v (t, G, D) of this rank's t = T/C tokens -> (p, N, D). C divides N and G.
+
+        p = t but in the last block, where each rank feeds the queries of p tokens.
+        """
+        if len(q) == len(k):
+            whole = self._all_tokens(q, k, v)
+        else:
+            whole = [*self._all_tokens(q), *self._all_tokens(k, v)]
+        mixed = self.attend(layer, *whole)
+        return _Exchange.apply(mixed.view(len(q), self.size, *mixed.shape[1:]), self.group).flatten(1, 2)
+
+    def _all_tokens(self, *tensors: Tensor) -> list[Tensor]:
+        """(t, N, D) of this rank's tokens -> (T, N / C, D), in one exchange."""
+        heads = [x.shape[1] // self.size for x in tensors]
+        split = [x.reshape(len(x), self.size, n, x.shape[2]) for x, n in zip(tensors, heads, strict=True)]
+        whole = _Exchange.apply(torch.cat(split, dim=2), self.group).flatten(0, 1)
+        return list(whole.split(heads, dim=1))
+
+
+class ContextLastBlock(ContextAttention):
+    """The same for the last block: what this rank feeds it, and what that sees."""
+
+    def __init__(self, last: LastBlock, group: Any):
+        super().__init__(last, group)
+        self.fed, self.within = last.fed, last.within
 
 
 class _Exchange(torch.autograd.Function):

@@ -76,7 +76,8 @@ class Engine:
     def _run(self, batches: list[PackedBatch], outcome: pipeline.Outcome, **options: bool) -> list[Tensor]:
         """`pipeline.run` on this context rank's share of whole micro-batches."""
         rank, size = self.topology.context_rank, self.topology.context_size
-        shares = [own_share(batch, rank, size).to(self.device) for batch in batches]
+        multiple = self.topology.tensor_size  # of tokens, which sequence parallelism cuts
+        shares = [own_share(batch, rank, size, multiple).to(self.device) for batch in batches]
         through = self.deepspeed if self.config.parallel.zero_stage >= 2 else None
         return pipeline.run(self.chunks, shares, outcome, through=through, **options)  # type: ignore[arg-type]
 
@@ -152,9 +153,7 @@ class Engine:
 
     def all_ranks(self, number: int) -> list[int]:
         """Every rank's `number`, in the order of ranks."""
-        out: list[int] = [0] * self.topology.world_size
-        dist.all_gather_object(out, number)
-        return out
+        return self.everywhere(number)
 
     def any_rank(self, flag: bool) -> bool:
         """Whether `flag` holds on any rank; the same answer on all."""
@@ -190,9 +189,7 @@ class Engine:
             f"{name}: rank {self.topology.rank} holds a master weight that is not its weight"
             for name in self._strayed()
         ]
-        everywhere: list[Any] = [None] * self.topology.world_size
-        dist.all_gather_object(everywhere, found)
-        return list(dict.fromkeys(line for lines in everywhere for line in lines))
+        return list(dict.fromkeys(line for lines in self.everywhere(found) for line in lines))
 
     def _strayed(self) -> Iterator[str]:
         for owned in self.owned:
@@ -211,6 +208,33 @@ class Engine:
         rows = [torch.empty_like(mine) for _ in range(self.topology.world_size)]
         dist.all_gather(rows, mine)
         return torch.stack(rows).cpu().numpy()
+
+    @property
+    def reads(self) -> bool:
+        """Whether this rank reads the rows of its model replica."""
+        top = self.topology
+        return top.stage == top.tensor_rank == top.context_rank == 0
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether a model replica has more ranks than the one that reads."""
+        return self.topology.data_size < self.topology.world_size
+
+    def from_reader(self, words: np.ndarray) -> np.ndarray:
+        """The int64 (n,) words of the rank that reads for this replica, on all its ranks; each passes n of them."""
+        box = torch.from_numpy(words).to(self.device)
+        first_stage = [ps.get_tensor_and_context_parallel_group()] if self.topology.stage == 0 else []
+        for group in (*first_stage, ps.get_pipeline_model_parallel_group()):
+            ranks = dist.get_process_group_ranks(group)
+            if len(ranks) > 1:
+                dist.broadcast(box, ranks[0], group=group)
+        return box.cpu().numpy()
+
+    def everywhere(self, value: Any) -> list[Any]:
+        """Every rank's `value`, which pickles, in the order of ranks."""
+        out: list[Any] = [None] * self.topology.world_size
+        dist.all_gather_object(out, value)
+        return out
 
     def from_first_rank(self, value: Any) -> Any:
         """The first rank's `value`, on every rank."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
+import megatron.core.parallel_state as ps
 import torch
+import torch.distributed as dist
 from megatron.core import tensor_parallel as tp
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -115,9 +117,12 @@ class MegatronLinears:
             return per_token
         return per_token.chunk(self.tensor_size)[self.tensor_rank]
 
-    def token_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy over a vocabulary that is cut over the ranks; overwrites `logits`."""
-        return tp.vocab_parallel_cross_entropy(logits, targets)
+    def over_ranks(self, x: Tensor, how: Literal["max", "sum"]) -> Tensor:
+        """x reduced in place over the tensor ranks."""
+        dist.all_reduce(
+            x, dist.ReduceOp.MAX if how == "max" else dist.ReduceOp.SUM, ps.get_tensor_model_parallel_group()
+        )
+        return x
 
     def empty(self, *shape: int) -> nn.Parameter:
         """An uninitialised parameter."""

@@ -13,11 +13,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from esolm_megatron.config import Config
-from esolm_megatron.model.attention import PackedAttention
 from esolm_megatron.model.size import layers_of_stages
-from esolm_megatron.model.transformer import Attend, EsoLM, initialise
+from esolm_megatron.model.transformer import EsoLM, initialise
 from esolm_megatron.objective.esolm import PackedBatch, mean_loss, part_sums
-from esolm_megatron.parallel.context import ContextAttention
+from esolm_megatron.parallel.context import ContextAttention, ContextLastBlock
 from esolm_megatron.parallel.layers import MegatronLinears
 from esolm_megatron.topology import Topology, layers_of_chunk
 
@@ -83,9 +82,8 @@ def run(
     parameters unless forward_only. through: called in a chunk's place where ZeRO gathers weights or cuts gradients.
     """
     layout = batches[0].layout
-    attend: Attend = PackedAttention(layout)
-    if ps.get_context_parallel_world_size() > 1:
-        attend = ContextAttention(attend, ps.get_context_parallel_group())
+
+    group = ps.get_context_parallel_group() if ps.get_context_parallel_world_size() > 1 else None
 
     def forward_step(iterator: Iterator[PackedBatch], model: EsoLM) -> tuple[Tensor, Any]:
         batch = next(iterator)
@@ -93,10 +91,11 @@ def run(
         output = (through or model)(
             batch.tokens,
             batch.positions,
-            attend,
+            batch.attend if group is None else ContextAttention(batch.attend, group),
             places=batch.places,
             targets=None if want_logits else batch.targets,
             dropout_ids=None if forward_only else batch.dropout_ids,
+            last=None if want_logits else batch.last if group is None else ContextLastBlock(batch.last, group),
         )
         return output, lambda tensor: outcome(tensor, batch)
 

@@ -8,6 +8,8 @@
     80    hung         yes: the watchdog ended it; logs/stacks_rank_*.txt in the run folder say where each rank was
     81    bad_numbers  no: it went back to earlier checkpoints as often as allowed; report.json says what was seen
     82    corrupted    yes, but without the machine that is named: a rank's weights or losses differ from its replicas'
+    83    killed       yes: a rank was killed from outside; a launcher saw which, and on which machine
+    84    unhealthy    yes, but without the machine that is named: the health check before training failed
     128+n              yes: killed by signal n, or a second signal came while stopping
 
 Exit codes get lost between ranks, launchers and schedulers; the file does not. It says `running` while the run does, so a
@@ -34,11 +36,13 @@ class Ending(IntEnum):
     HUNG = 80
     BAD_NUMBERS = 81
     CORRUPTED = 82
+    KILLED = 83
+    UNHEALTHY = 84
 
     @property
     def restart(self) -> bool:
         """Whether a launcher should start the run again by itself."""
-        return self in {Ending.STOPPED, Ending.HUNG, Ending.CORRUPTED}
+        return self in {Ending.STOPPED, Ending.HUNG, Ending.CORRUPTED, Ending.KILLED, Ending.UNHEALTHY}
 
 
 MARKER = "ended.json"

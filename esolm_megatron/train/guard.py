@@ -12,7 +12,7 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,12 +126,7 @@ class Guard:
 
     def batch_of(self, step: int) -> int:
         """The batch that step `step` (from 0) trains on."""
-        batch = step
-        for left_out in sorted(self.skipped):
-            if left_out > batch:
-                break
-            batch += 1
-        return batch
+        return batches_done(step, self.skipped)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: plain numbers for its manifest."""
@@ -165,6 +160,16 @@ class Guard:
     def _record(self) -> None:
         if self.writes:
             write_json(self.run_dir / RECORD, self._tree())
+
+
+def batches_done(step: int, skipped: Iterable[int]) -> int:
+    """Batches that are behind a run after `step` steps, those in `skipped` that it left out on the way included."""
+    batch = step
+    for left_out in sorted(skipped):
+        if left_out > batch:
+            break
+        batch += 1
+    return batch
 
 
 def kept(batches: Iterator[Any], first: int, guard: Guard) -> Iterator[tuple[int, Any]]:

@@ -10,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from esolm_megatron.config import Config, ConfigError, with_values, world_problems
+from esolm_megatron.data.mixture import sources_of
 from esolm_megatron.data.stream import TokenStream
 
 _FREE_TO_CHANGE = {
@@ -21,9 +22,13 @@ _FREE_TO_CHANGE = {
     "log": None,
     "guard": None,
     "watchdog": None,
-    "data": {"path", "prefetch_batches"},
-}
-"""What a resumed run may change: it alters speed, length or reports, not what is trained."""
+    "data": {
+        "path", "prefetch_batches", "cache_dir", "cache_gb", "prefetch_shards", "retries", "timeout_s", "on_corrupt",
+        "max_corrupt_rows", "sources", "weight_changes",
+    },
+}  # fmt: skip
+"""What a resumed run may change: it alters speed, length or reports, not what is trained. Data and the weights of its sources
+are compared when the run resumes."""
 
 
 def resolve(config: Config) -> Config:
@@ -32,14 +37,15 @@ def resolve(config: Config) -> Config:
     Raises:
         ConfigError: the data's vocabulary is not the model's.
     """
-    stream = TokenStream(config.data.path, seq_length=config.model.seq_length, global_batch_size=1)
+    stream = TokenStream(config.data, seq_length=config.model.seq_length, global_batch_size=1)
     vocab_size = stream.vocab_size
     stream.close()
     if config.model.vocab_size is None:
         return with_values(config, model={"vocab_size": vocab_size})
     if config.model.vocab_size != vocab_size:
+        where = next(iter(sources_of(config.data).values())).path
         raise ConfigError(
-            f"model.vocab_size = {config.model.vocab_size}: {config.data.path} has {vocab_size} tokens with the mask; "
+            f"model.vocab_size = {config.model.vocab_size}: {where} has {vocab_size} tokens with the mask; "
             "set it to that, or to null"
         )
     return config
@@ -61,7 +67,8 @@ def refuse_other_run(config: Config) -> None:
         if not isinstance(value, dict):
             changed.append(f"{section}: was {old.get(section)!r}, now {value!r}")
             continue
-        was = old.get(section, {})
+        fields = type(getattr(config, section)).model_fields  # a field that is new since then had its default
+        was = {name: field.default for name, field in fields.items()} | old.get(section, {})
         changed += [
             f"{section}.{key}: was {was.get(key)!r}, now {v!r}"
             for key, v in value.items()

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,17 @@ import torch
 from esolm_megatron import __version__, checkpoint
 from esolm_megatron.checkpoint import Checkpoint, CheckpointError
 from esolm_megatron.config import Config, ConfigError, dump
-from esolm_megatron.data.stream import Batch, TokenStream, ValidationSet
+from esolm_megatron.data.cache import open_folder
+from esolm_megatron.data.mixture import sources_of
+from esolm_megatron.data.stream import Batch
 from esolm_megatron.model.size import flops_per_step, mask_capacity
-from esolm_megatron.objective.esolm import Noised, draw_step, draw_validation, mean_loss
+from esolm_megatron.objective.esolm import Noised, document_numbers, draw_step, draw_validation, mean_loss
 from esolm_megatron.parallel.engine import Engine, StepResult
 from esolm_megatron.parallel.replicas import verdict
 from esolm_megatron.train import preflight
 from esolm_megatron.train.ending import Ending, mark, mark_running
-from esolm_megatron.train.guard import Guard, kept
+from esolm_megatron.train.feed import Feed, ValidationFeed
+from esolm_megatron.train.guard import Guard, batches_done
 from esolm_megatron.train.metrics import Metrics, Stragglers, WallClock, peak_flops
 from esolm_megatron.train.saver import Saver
 from esolm_megatron.train.schedule import learning_rate
@@ -32,7 +36,10 @@ from esolm_megatron.train.watchdog import Watchdog
 
 
 class StopRequest:
-    """Remembers that a signal asked the run to stop; a second one ends the process at once."""
+    """Remembers that a signal asked the run to stop; a second one ends the process at once.
+
+    Not so in a job of SLURM, which sends its signals twice and kills what does not end in time.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -40,7 +47,7 @@ class StopRequest:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: Any) -> None:
-        if self.signal is not None:
+        if self.signal is not None and "SLURM_JOB_ID" not in os.environ:
             os._exit(128 + number)
         self.signal = number
 
@@ -111,9 +118,8 @@ class _Run:
     def go(self) -> Outcome:
         """The run, from its newest checkpoint to its end."""
         config, engine, t = self.config, self.engine, self.config.train
-        stream = _stream(config, engine)
-        self.fingerprint = stream.fingerprint
-        self.step = self.saved = resume(config, engine, stream.fingerprint)
+        self.feed = Feed(config, engine, self.guard)
+        self.step = self.saved = resume(config, engine, self.feed)
         self._restore_guard()
         if engine.is_first_rank:
             prepare_run_folder(config)
@@ -132,12 +138,12 @@ class _Run:
         with Saver(config, engine) as self.saver:
             while ending is None:  # once more after each rollback
                 first = self.guard.batch_of(self.step)
-                with stream.prefetch(first, None, config.data.prefetch_batches) as batches:
-                    ending, detail = self._train_on(kept(batches, first, self.guard))
+                with closing(self.feed.batches(first)) as batches:
+                    ending, detail = self._train_on(batches)
             with self.watchdog.slow("saving"):
                 self.saver.drain()
         self.metrics.close()
-        stream.close()
+        self.feed.close()
         return Outcome(self.step, ending, detail, self.loss, self.nelbo)
 
     def _train_on(self, batches: Iterator[tuple[int, Batch]]) -> tuple[Ending | None, str]:
@@ -149,7 +155,8 @@ class _Run:
             lr = learning_rate(self.step, config.optim, t.num_steps)
             result, problem = engine.try_step(noised, lr, self._objection)
             flags = [float(self.stop.signal is not None), float(self.saver.failed)]
-            table = engine.table([result.loss, engine.work.seconds(), *flags])
+            table = engine.table([result.loss, engine.work.seconds(), *flags, *self.feed.flags()])
+            self.feed.settle(number, table[:, 4:])
             stopping = bool(table[:, 2].any())
             if table[:, 3].any():
                 self.saver.check()
@@ -182,6 +189,9 @@ class _Run:
         config, step = self.config, self.step
         if due(step, config.train.log_every_steps) or step == config.train.num_steps or first:
             facts = {**self.stragglers.report(), **self.clock.shares()}
+            facts["sources"] = self.feed.counts(self.guard.batch_of(step))
+            if self.feed.corrupt_rows:
+                facts["corrupt_rows"] = self.feed.corrupt_rows
             if self.guard.skipped:
                 facts["skipped_batches"] = self.guard.batch_of(step) - step
             self.metrics.log(step, **vars(result), lr=lr, **facts)
@@ -200,8 +210,9 @@ class _Run:
         wanted = due(step, config.checkpoint.every_steps) or step == config.train.num_steps
         if (new_step and wanted) or (stopping and step > self.saved):
             numbers = {"loss": self.loss, "validation_nelbo": self.nelbo, "guard": self.guard.state()}
+            numbers["corrupt_rows"] = self.feed.corrupt_rows
             with self.watchdog.slow("saving"):
-                save(config, self.engine, self.saver, step, self.fingerprint, numbers)
+                save(config, self.engine, self.saver, step, self.feed.facts, numbers)
             self.saved = step
             self.clock.spent("saving")
 
@@ -209,6 +220,8 @@ class _Run:
         """Why a step must not be made; asked on all ranks, after backward and before the update."""
         if due(self.step + 1, self.config.guard.checksum_every_steps) and self.engine.topology.data_size > 1:
             self.corruption = self.engine.disagreements()
+        if self.feed.failure is not None:
+            return "a batch that could not be read"
         return "corrupted weights" if self.corruption else self.guard.problem(loss, norm)
 
     def _corrupted(self, losses: np.ndarray) -> str:
@@ -268,19 +281,6 @@ def _set_aside(run_dir: Path, steps: Sequence[int], number: int) -> None:
         folder.rename(folder.with_name(f"{folder.name}.rolled_back-{number}"))
 
 
-def _stream(config: Config, engine: Engine) -> TokenStream:
-    return TokenStream(
-        config.data.path,
-        seq_length=config.model.seq_length,
-        global_batch_size=config.train.global_batch_size,
-        data_rank=engine.topology.data_rank,
-        data_size=engine.topology.data_size,
-        seed=config.seed,
-        num_lanes=config.data.num_lanes,
-        shuffle_window=config.data.shuffle_window,
-    )
-
-
 def _noising(config: Config, engine: Engine) -> Callable[[Batch, int], Noised]:
     """A function of this rank's batch and the step (from 1) it makes: the batch with the noise of that step."""
     top, t = engine.topology, config.train
@@ -298,6 +298,7 @@ def _noising(config: Config, engine: Engine) -> Callable[[Batch, int], Noised]:
             num_micro_batches=t.global_batch_size // (t.micro_batch_size * top.data_size),
             capacity=capacity,
             key=(config.seed, step),
+            documents=None if config.data.cross_document else document_numbers(batch.documents, batch.valid),
         )
 
     return noised
@@ -308,11 +309,11 @@ class Validation:
 
     def __init__(self, config: Config, engine: Engine):
         self.config, self.engine = config, engine
-        self.data = ValidationSet(config.data.path, seq_length=config.model.seq_length)
+        self.data = ValidationFeed(config, engine)
         self.count = min(config.evaluate.num_sequences, len(self.data))
         if self.count == 0:
             raise ConfigError(
-                f"data.path = {config.data.path}: has no validation tokens; prepare it with validation_fraction above 0, "
+                "data: has no validation tokens; prepare it with validation_fraction above 0, "
                 "or set evaluate.every_steps=0"
             )
 
@@ -323,18 +324,16 @@ class Validation:
         sums, counts = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
         with self.engine.state.averaged_weights():
             for first in range(0, self.count, size * top.data_size * together):
-                parts = [
-                    self._draw(first + (m * size + np.arange(size)) * top.data_size + top.data_rank)
-                    for m in range(together)
-                ]
+                places = [first + (m * size + np.arange(size)) * top.data_size + top.data_rank for m in range(together)]
+                batches = self.data.rows([np.minimum(rows, self.count - 1) for rows in places])
+                parts = [self._draw(rows, batch) for rows, batch in zip(places, batches, strict=True)]
                 share = Noised([p.micro_batches[0] for p in parts], sum(p.num_valid for p in parts))  # type: ignore[arg-type]
                 got, seen = self.engine.evaluate(share)
                 sums += got.cpu()
                 counts += seen.cpu()
         return float(mean_loss(sums, counts))
 
-    def _draw(self, rows: np.ndarray) -> Noised:
-        batch = self.data.rows(np.minimum(rows, self.count - 1))
+    def _draw(self, rows: np.ndarray, batch: Batch) -> Noised:
         valid = batch.valid & (rows < self.count)[:, None]
         return draw_validation(
             batch.tokens,
@@ -344,6 +343,7 @@ class Validation:
             self.config.objective,
             mask_id=self.config.model.mask_id,
             key=(self.config.seed, "validation"),
+            documents=None if self.config.data.cross_document else document_numbers(batch.documents, valid),
         )
 
 
@@ -352,16 +352,23 @@ def prepare_run_folder(config: Config) -> None:
     config.run_dir.mkdir(parents=True, exist_ok=True)
     checkpoint.prune(config.run_dir, config.checkpoint.keep_last, config.checkpoint.keep_every, remove_unfinished=True)
     (config.run_dir / "config.yaml").write_text(dump(config))
-    tokenizer = Path(config.data.path) / "tokenizer"
-    if tokenizer.is_dir() and not (config.run_dir / "tokenizer").exists():
-        shutil.copytree(tokenizer, config.run_dir / "tokenizer")
+    place = open_folder(next(iter(sources_of(config.data).values())).path, config.data)
+    if (config.run_dir / "tokenizer").exists():
+        return
+    if place.remote:
+        definition = place.read("tokenizer/tokenizer.json", "copy the whole folder again")
+        (config.run_dir / "tokenizer").mkdir()
+        (config.run_dir / "tokenizer" / "tokenizer.json").write_bytes(definition)
+    elif (place.path / "tokenizer").is_dir():
+        shutil.copytree(place.path / "tokenizer", config.run_dir / "tokenizer")
 
 
-def resume(config: Config, engine: Engine, fingerprint: str) -> int:
+def resume(config: Config, engine: Engine, feed: Feed) -> int:
     """Load the newest whole checkpoint, if there is one; returns the steps already done.
 
     Raises:
-        ConfigError: the checkpoint was trained on other data, or the run starts from weights of another network.
+        ConfigError: the checkpoint was trained on other data, or with other weights of its sources,
+            or the run starts from weights of another network.
     """
     step, error = -1, None
     if engine.is_first_rank:  # one rank verifies, and tells the others which checkpoint is whole
@@ -376,19 +383,19 @@ def resume(config: Config, engine: Engine, fingerprint: str) -> int:
     if step < 0:
         return 0
     found = checkpoint.Checkpoint.open(checkpoint.step_folder(config.run_dir, step))
+    numbers = found.manifest["numbers"]
     if "converted_from" in found.manifest:
         preflight.refuse_other_model(config, found.config_tree["model"])
-    was = found.manifest["data_fingerprint"]
-    if was is not None and was != fingerprint:  # none: its weights were converted
-        raise ConfigError(
-            f"data.path = {config.data.path}: is not what step {found.step} was trained on (fingerprint {was[:12]}, now "
-            f"{fingerprint[:12]}); restore the data, or start a run with another name"
-        )
+    else:
+        feed.check_same(found.manifest, batches_done(found.step, (numbers.get("guard") or {}).get("skipped", ())))
+        feed.corrupt_rows = numbers.get("corrupt_rows", 0)
     engine.restore(found, tuple(found.kinds()), found.step)
     return found.step
 
 
-def save(config: Config, engine: Engine, saver: Saver, step: int, fingerprint: str, numbers: dict[str, Any]) -> None:
+def save(
+    config: Config, engine: Engine, saver: Saver, step: int, data: dict[str, Any], numbers: dict[str, Any]
+) -> None:
     """Start writing a checkpoint together; it appears whole or not at all, some steps later or when `saver` drains.
 
     Raises:
@@ -398,7 +405,7 @@ def save(config: Config, engine: Engine, saver: Saver, step: int, fingerprint: s
         "step": step,
         "config": config.model_dump(mode="json"),
         "topology": vars(engine.topology),
-        "data_fingerprint": fingerprint,
+        "data_fingerprint": data,
         "versions": {"esolm_megatron": __version__, "torch": torch.__version__},
         "numbers": numbers,
     }

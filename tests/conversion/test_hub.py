@@ -118,6 +118,6 @@ def test_a_fresh_model_is_initialised(tmp_path):
 
 
 def test_the_network_may_import_nothing_that_exports_cannot_carry():
-    with pytest.raises(AssertionError, match="imports ConfigError .* only ModelConfig"):
+    with pytest.raises(AssertionError, match="imports ConfigError .* only configurations"):
         hub._IMPORT.sub(hub._relative, "from esolm_megatron.config import ConfigError\n")
     assert not [name for name, text in hub.code().items() if re.search(r"^\s*(from|import) esolm_megatron", text, re.M)]

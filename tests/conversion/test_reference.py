@@ -12,7 +12,6 @@ from parity import MASK, Reference
 from safetensors.torch import load_file
 
 from checkpoints_conversion.reference import ForeignCheckpoint, import_reference
-from esolm_megatron.model.attention import PackedAttention
 from esolm_megatron.model.pretrained import PretrainedError, load_model, read_config
 from esolm_megatron.objective.esolm import DIFFUSION
 
@@ -28,7 +27,7 @@ def test_imported_model_gives_the_references_logits_and_losses(tmp_path, hub_fol
     assert (report.alpha_0, report.alpha_0_known, report.weights) == (1.0, True, "last")
     model = load_model(tmp_path / "out", torch.float64)
     case, batch, _ = packed_case("diff_elbo_a1")
-    attend = PackedAttention(batch.layout)
+    attend = batch.attend
     with torch.no_grad():
         logits = model(batch.tokens, batch.positions, attend)
         losses = model(batch.tokens, batch.positions, attend, places=batch.places, targets=batch.targets)

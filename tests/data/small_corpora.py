@@ -4,7 +4,11 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
+
 from esolm_megatron.data.prepare import PrepareConfig
+from esolm_megatron.data.shards import ShardReader
+from esolm_megatron.data.tokenizer import load_tokenizer
 
 WORDS = [
     "def",
@@ -55,3 +59,17 @@ def small_config(inputs: Path, output: Path, **changes) -> PrepareConfig:
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def stored_documents(folder: Path, split: str) -> list[str]:
+    """Texts of a split, from its blocks alone."""
+    reader = ShardReader(folder)
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    ids: list[int] = []
+    for block in reader.split_blocks(split).tolist():
+        values = np.empty(int(reader.blocks[block]["num_tokens"]), reader.dtype)
+        reader.read_into(block, 0, values)
+        ids += values.tolist()
+    texts = tokenizer.decode(ids).split("<|endoftext|>")
+    assert texts.pop() == ""
+    return texts

@@ -1,7 +1,9 @@
 import fcntl
 import gzip
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,27 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_corpora import folder_bytes, small_config, write_documents
+from small_corpora import folder_bytes, small_config, stored_documents, write_documents
 
 from esolm_megatron.config import ConfigError
+from esolm_megatron.data.inputs import cut
 from esolm_megatron.data.prepare import PrepareConfig, load_prepare_config, prepare
 from esolm_megatron.data.shards import DataError, ShardReader
+from esolm_megatron.data.tasks import SCAN_DTYPE, Task, tokenize
 from esolm_megatron.data.tokenizer import load_tokenizer
-from esolm_megatron.data.verify import show, verify
-
-
-def stored_documents(folder: Path, split: str) -> list[str]:
-    """Texts of a split, from its blocks alone."""
-    reader = ShardReader(folder)
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    ids: list[int] = []
-    for block in reader.split_blocks(split).tolist():
-        values = np.empty(int(reader.blocks[block]["num_tokens"]), reader.dtype)
-        reader.read_into(block, 0, values)
-        ids += values.tolist()
-    texts = tokenizer.decode(ids).split("<|endoftext|>")
-    assert texts.pop() == ""
-    return texts
 
 
 def test_every_document_once_and_shuffled(prepared, documents):
@@ -152,6 +141,78 @@ def test_left_out_documents_are_counted(tmp_path):
     assert both.manifest.documents["kept"] == 6
 
 
+def test_counts_of_each_source_and_limits_in_bytes(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.jsonl").write_text(
+        "".join(json.dumps({"text": t}) + "\n" for t in ("éé", "abcd", "abc", "abcdef"))
+    )
+    (tmp_path / "b.txt").write_text("abcd")
+    (tmp_path / "c.md").write_text("other")
+    inputs = (str(tmp_path / "a"), str(tmp_path / "b.txt"), str(tmp_path / "c.md"))
+    config = small_config(tmp_path, tmp_path / "out", min_document_bytes=4, max_document_bytes=5, validation_fraction=0)
+    summary = prepare(config.model_copy(update={"inputs": inputs}), progress=False)
+    sources = ShardReader(tmp_path / "out").manifest.sources
+    assert [source.name for source in sources] == ["a", "b.txt", "c.md"]
+    assert [source.text_bytes for source in sources] == [8, 0, 5]
+    none = {"read": 0, "kept": 0, "unreadable": 0, "too_short": 0, "too_long": 0, "duplicate": 0}
+    assert [source.documents for source in sources] == [
+        {**none, "read": 4, "kept": 2, "too_short": 1, "too_long": 1},
+        {**none, "read": 1, "duplicate": 1},
+        {**none, "read": 1, "kept": 1},
+    ]
+    assert summary.manifest.documents == {**none, "read": 6, "kept": 3, "too_short": 1, "too_long": 1, "duplicate": 1}
+    assert "from a: 2 kept, 0 unreadable, 1 too short, 1 too long, 0 duplicate" in str(summary)
+    assert sorted(stored_documents(tmp_path / "out", "train")) == ["abcd", "other", "éé"]
+
+
+def test_a_dataset_through_all_of_prepare_and_standard_input_of_the_command_line(tmp_path):
+    import datasets
+
+    texts = [f"{n} a text of its own" for n in range(97)]
+    datasets.Dataset.from_dict({"text": texts}).save_to_disk(tmp_path / "saved")
+    config = small_config(tmp_path, tmp_path / "out", validation_fraction=0, task_bytes=500)
+    summary = prepare(config.model_copy(update={"inputs": (f"hf://{tmp_path}/saved", "-")}), False, io.BytesIO(b"\n"))
+    assert summary.tasks > 3
+    assert [source.name for source in summary.manifest.sources] == ["hf://saved", "-"]
+    assert sorted(stored_documents(tmp_path / "out", "train")) == sorted(texts)
+    (tmp_path / "p.yaml").write_text(f"inputs: ['-']\noutput: {tmp_path}/two\nvalidation_fraction: 0\n")
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    command = [sys.executable, "-m", "esolm_megatron", "data", "prepare", str(tmp_path / "p.yaml"), "num_processes=1"]
+    done = subprocess.run(command, input=lines, capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert sorted(stored_documents(tmp_path / "two", "train")) == sorted(texts)
+
+
+def test_progress_shows_speed_and_time_left(tmp_path, capfd):
+    write_documents(tmp_path / "a.jsonl", 541)
+    prepare(small_config(tmp_path / "a.jsonl", tmp_path / "out"), progress=True)
+    said = capfd.readouterr().err
+    for name in ("scan", "tokenize"):
+        assert re.search(rf"{name} .*B/s .*\d:\d\d:\d\d", said), said
+
+
+def test_progress_moves_within_a_task(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"{n} " + "x" * 5000}) + "\n" for n in range(2000)))
+    config = small_config(
+        tmp_path / "a.jsonl",
+        tmp_path / "out",
+        deduplicate=False,
+        task_bytes=1 << 30,
+        block_tokens=1 << 16,
+        shard_tokens=1 << 24,
+    )
+    (tmp_path / "out" / "shards").mkdir(parents=True)
+    (tmp_path / "out" / "work").mkdir()
+    tokenizer, seen = load_tokenizer("bytes"), []
+    tokenizer.save(tmp_path / "out" / "tokenizer")
+    task = Task(0, tuple(cut(tmp_path / "a.jsonl", 1 << 30)))
+    tokenize(task, seen.append, config, tmp_path / "out", tokenizer.fingerprint)
+    assert len(seen) > 20
+    assert seen == sorted(seen)
+    assert seen[0] < task.bytes / 10
+    assert seen[-1] == task.bytes
+
+
 def test_nothing_left_is_an_error(tmp_path):
     (tmp_path / "a.txt").write_text("short")
     with pytest.raises(DataError, match=r"no document is left of 1: .*1 too short"):
@@ -188,7 +249,7 @@ def test_input_that_changes_meanwhile_is_an_error(tmp_path):
     prepare(config, progress=False)
     (tmp_path / "out" / "manifest.json").unlink()
     (tmp_path / "out" / "work").mkdir()
-    np.save(tmp_path / "out" / "work" / "scan-00000.npy", np.arange(31, dtype="<u8"))
+    np.save(tmp_path / "out" / "work" / "scan-00000.npy", np.zeros(31, SCAN_DTYPE))
     with pytest.raises(DataError, match=r"a\.jsonl: changed while they were prepared"):
         prepare(config, progress=False)
 
@@ -223,16 +284,3 @@ def test_example_configuration_is_complete(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("text")
     config = load_prepare_config(path, ["inputs=[a.txt]"])
     assert config.model_fields_set == {*PrepareConfig.model_fields}
-
-
-def test_verify_accepts_what_prepare_made_and_show_reads_it(prepared):
-    report = verify(prepared)
-    manifest = ShardReader(prepared).manifest
-    assert report.ok, report.problems
-    assert report.tokens == {name: split.tokens for name, split in manifest.splits.items()}
-    assert report.documents == {name: split.documents for name, split in manifest.splits.items()}
-    rows = show(prepared, "validation", 3, 97)
-    ids = [id_ for text in stored_documents(prepared, "validation") for id_ in (*text.encode(), 256)]
-    assert len(rows) == 3
-    assert rows[0] == load_tokenizer("bytes").decode(ids[:97])
-    assert "<|endoftext|>" in "".join(rows)

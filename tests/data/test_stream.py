@@ -1,3 +1,4 @@
+import hashlib
 import shutil
 import threading
 import time
@@ -6,9 +7,10 @@ import numpy as np
 import pytest
 from small_corpora import small_config, write_documents
 
+from esolm_megatron.data.order import permutation
 from esolm_megatron.data.prepare import prepare
 from esolm_megatron.data.shards import DataError, ShardCorrupt, ShardReader
-from esolm_megatron.data.stream import TokenStream, ValidationSet, permutation
+from esolm_megatron.data.stream import TokenStream, ValidationSet
 
 L = 37
 LAYOUTS = [(1, 13), (3, 5), (16, 512), (5, 1), (7, 11)]
@@ -34,20 +36,20 @@ def storage_rows(folder, split="train", length=L):
 @pytest.mark.parametrize(("lanes", "window"), LAYOUTS)
 def test_every_sequence_once_an_epoch_in_an_order_of_its_own(prepared, lanes, window):
     data = stream(prepared, num_lanes=lanes, shuffle_window=window)
-    n = data.num_sequences
-    orders = [data._sequences(np.arange(epoch * n, (epoch + 1) * n)) for epoch in range(3)]
+    n = data.sources["data"].num_sequences
+    orders = [data.sources["data"].order.sequences(np.arange(epoch * n, (epoch + 1) * n)) for epoch in range(3)]
     for order in orders:
         assert np.array_equal(np.sort(order), np.arange(n))
     assert not np.array_equal(orders[0], orders[1])
     assert not np.array_equal(orders[1], orders[2])
     other = stream(prepared, num_lanes=lanes, shuffle_window=window, seed=6)
-    assert not np.array_equal(other._sequences(np.arange(n)), orders[0])
+    assert not np.array_equal(other.sources["data"].order.sequences(np.arange(n)), orders[0])
 
 
 def test_rows_of_an_epoch_are_the_rows_of_the_shards(prepared):
     rows, starts = storage_rows(prepared)
     data = stream(prepared, global_batch_size=len(rows), num_lanes=3, shuffle_window=5)
-    assert data.num_sequences == len(rows) > 200
+    assert data.sources["data"].num_sequences == len(rows) > 200
     batch = data.batch(0)
     expected = sorted(zip(rows, starts, strict=True))
     found = zip(batch.tokens.tolist(), [documents.tolist() for documents in batch.documents], strict=True)
@@ -55,16 +57,19 @@ def test_rows_of_an_epoch_are_the_rows_of_the_shards(prepared):
     assert any(starts)
     assert batch.tokens.dtype == np.int64
     assert batch.valid.all()
-    assert data.tokens_left_out == data.manifest.splits["train"].tokens - len(rows) * L
+    assert (
+        data.sources["data"].tokens_left_out
+        == data.sources["data"].reader.manifest.splits["train"].tokens - len(rows) * L
+    )
     assert data.vocab_size == 258
 
 
 def test_small_data_is_one_full_permutation(prepared):
     """No trace of the storage order: the mean distance of neighbours is that of an even shuffle, n / 3."""
     data = stream(prepared)
-    n = data.num_sequences
-    order = data._sequences(np.arange(n))
-    assert (data.num_lanes, data.shuffle_window) == (1, n)
+    n = data.sources["data"].num_sequences
+    order = data.sources["data"].order.sequences(np.arange(n))
+    assert (data.sources["data"].order.num_lanes, data.sources["data"].order.shuffle_window) == (1, n)
     assert abs(np.abs(np.diff(order)).mean() - n / 3) < n / 15
 
 
@@ -85,7 +90,7 @@ def test_global_batches_do_not_depend_on_the_number_of_ranks(prepared):
 
 def test_any_step_of_a_new_stream_equals_the_step_of_an_old_one(prepared):
     old = stream(prepared, num_lanes=3, shuffle_window=5)
-    batches = [old.batch(step) for step in range(2 * old.num_sequences // 12 + 2)]
+    batches = [old.batch(step) for step in range(2 * old.sources["data"].num_sequences // 12 + 2)]
     for step in reversed(range(len(batches))):
         new = stream(prepared, num_lanes=3, shuffle_window=5).batch(step)
         assert np.array_equal(new.tokens, batches[step].tokens)
@@ -98,7 +103,7 @@ def test_a_far_step_reads_only_its_own_blocks_and_comes_at_once(prepared):
     batch = data.batch(10**9)
     assert time.perf_counter() - began < 1
     assert batch.samples[0] == 12 * 10**9
-    assert 0 < data._source.reader._checked.sum() <= 12
+    assert 0 < data.sources["data"].reader._checked.sum() <= 12
 
 
 def test_the_order_never_changes():
@@ -106,8 +111,25 @@ def test_the_order_never_changes():
     assert permutation(7, 5, "window", 0, 1, 2).tolist() == [3, 4, 6, 2, 1, 5, 0]
 
 
+@pytest.mark.parametrize(
+    ("lanes", "window", "digest"),
+    [
+        (16, 512, "c3e65ae9a9942dfc4174e9d443dc88bc3b195da2e618a3f32981ed3851bdef30"),
+        (3, 5, "ad9f0e0ff5339cd765dcbcc0a5d6231ff00b948ddf2c7a3d24802b2ce17b8d15"),
+    ],
+)
+def test_the_batches_of_one_source_never_change(prepared, lanes, window, digest):
+    """Those of the version that knew one local folder only."""
+    data, found = stream(prepared, num_lanes=lanes, shuffle_window=window), hashlib.sha256()
+    for step in range(80):
+        batch = data.batch(step)
+        for array in (batch.tokens, batch.samples, *batch.documents):
+            found.update(array.tobytes())
+    assert found.hexdigest() == digest
+
+
 def test_fewer_sequences_than_a_batch(prepared, tmp_path):
-    n = stream(prepared).num_sequences
+    n = stream(prepared).sources["data"].num_sequences
     data = stream(prepared, global_batch_size=2 * n + 1)
     tokens = data.batch(0).tokens
     assert sorted(tokens[:n].tolist()) == sorted(tokens[n : 2 * n].tolist())
@@ -119,7 +141,7 @@ def test_a_single_sequence(tmp_path):
     prepare(small_config(tmp_path / "a.jsonl", tmp_path / "out", validation_fraction=0), progress=False)
     total = ShardReader(tmp_path / "out").manifest.splits["train"].tokens
     data = stream(tmp_path / "out", seq_length=total, global_batch_size=4)
-    assert data.num_sequences == 1
+    assert data.sources["data"].num_sequences == 1
     assert (data.batch(3).tokens == data.batch(0).tokens[0]).all()
     with pytest.raises(
         DataError, match=rf"no row of seq_length = {total + 1} tokens \(its longest block has {total}\)"
@@ -134,7 +156,7 @@ def test_a_single_sequence(tmp_path):
     [
         ({"global_batch_size": 13, "data_size": 2}, "global_batch_size = 13: must be a multiple of data_size = 2"),
         ({"data_rank": 2, "data_size": 2}, "data_rank = 2: must be from 0 to data_size - 1 = 1"),
-        ({"num_lanes": 0}, "num_lanes = 0: must be 1 or more"),
+        ({"num_lanes": 0}, "num_lanes = 0: Input should be greater than or equal to 1"),
         ({"seq_length": 0}, "seq_length = 0: must be 1 or more"),
         ({"seq_length": 5000}, "no row of seq_length = 5000 tokens"),
     ],

@@ -1,5 +1,11 @@
+import hashlib
 import json
+import os
+import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import pytest
 
@@ -117,8 +123,138 @@ def test_errors_name_what_is_missing(trained, tmp_path):
         load_tokenizer(tmp_path / "nowhere")
     text = json.dumps(trained._definition).replace(EOS, "<eos>")
     (tmp_path / "tokenizer.json").write_text(text)
-    with pytest.raises(TokenizerError, match=r"no end-of-text token '<\|endoftext\|>'.*like one: <eos>"):
+    with pytest.raises(
+        TokenizerError, match=r"no end-of-text token '<\|endoftext\|>'.*like one: <eos>; name one by end_of_text"
+    ):
         load_tokenizer(tmp_path)
+    assert load_tokenizer(tmp_path, "<eos>").eos_id == trained.eos_id
+    with pytest.raises(TokenizerError, match="'e' is an ordinary token, which a text may hold, and cannot end one"):
+        load_tokenizer(tmp_path, "e")
+    with pytest.raises(TokenizerError, match="no end-of-text token 'nothing'"):
+        load_tokenizer(tmp_path, "nothing")
     (tmp_path / "tokenizer.json").write_text(text[:99])
     with pytest.raises(TokenizerError, match="cannot be read as JSON"):
         load_tokenizer(tmp_path)
+
+
+def renamed(trained, folder, declared):
+    """The trained tokenizer with another end of text, which the folder declares in this way."""
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(trained._definition).replace(EOS, "</s>"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": declared}))
+    return folder
+
+
+@pytest.mark.parametrize("declared", ["</s>", {"content": "</s>", "lstrip": False}])
+def test_the_end_of_text_that_a_folder_declares_is_used_and_kept(trained, tmp_path, declared):
+    tokenizer = load_tokenizer(renamed(trained, tmp_path / "a", declared))
+    assert tokenizer.eos_id == trained.eos_id
+    assert tokenizer.eos_id not in tokenizer.encode("x</s>y")
+    tokenizer.save(tmp_path / "b")
+    copy = load_tokenizer(tmp_path / "b")
+    assert (copy.eos_id, copy.fingerprint) == (tokenizer.eos_id, tokenizer.fingerprint)
+    assert copy.encode_batch(TEXTS) == tokenizer.encode_batch(TEXTS)
+    assert tokenizer._fast is not None
+
+
+def test_another_end_of_text_is_another_tokenizer(trained, tmp_path):
+    """The same definition: only the choice of the token differs."""
+    tree = json.loads(json.dumps(trained._definition))
+    tree["added_tokens"].append({**tree["added_tokens"][0], "id": 701, "content": "<|pad|>"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+    first, second = load_tokenizer(tmp_path), load_tokenizer(tmp_path, "<|pad|>")
+    assert (first.eos_id, second.eos_id) == (trained.eos_id, 701)
+    assert first.fingerprint != second.fingerprint
+    second.save(tmp_path / "kept")
+    assert load_tokenizer(tmp_path / "kept").fingerprint == second.fingerprint
+
+
+def test_folders_of_the_transformers_library(trained, tmp_path):
+    """A word-piece vocabulary as BERT's, which has no tokenizer.json, and a fast tokenizer that the library saved."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "def", "##s", "self", "x", "(", ")", ":"]
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "vocab.txt").write_text("\n".join(words) + "\n")
+    (tmp_path / "bert" / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "BertTokenizer", "do_lower_case": true}'
+    )
+    with pytest.raises(TokenizerError, match=r"no end-of-text token.*\[SEP\]"):
+        load_tokenizer(tmp_path / "bert")
+    bert = load_tokenizer(tmp_path / "bert", "[SEP]")
+    assert bert.encode("Defs self(x):") == [words.index(w) for w in ("def", "##s", "self", "(", "x", ")", ":")]
+    assert bert.eos_id == 3
+    assert bert.encode_batch(["def", "x"]) == [[5], [8]]
+
+    from transformers import PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast(tokenizer_file=str(trained.save(tmp_path / "t")), eos_token=EOS).save_pretrained(
+        tmp_path / "f"
+    )
+    loaded = load_tokenizer(tmp_path / "f")
+    assert [loaded.encode(text) for text in TEXTS] == [trained.encode(text) for text in TEXTS]
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(TokenizerError, match=r"has no tokenizer\.json, and the transformers library makes none"):
+        load_tokenizer(tmp_path / "bad")
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A hub with one tokenizer, org/one; as much of the protocol as a download needs."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+    commit = "a" * 40
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path, listing = self.path.partition("?")[0], [{"rfilename": name} for name in self.files]
+        name = path.rpartition("/")[2]
+        if path.startswith("/api/models/org/one"):
+            entries = [{"type": "file", "path": n, "size": len(d), "oid": "b" * 40} for n, d in self.files.items()]
+            tree = entries if "/tree/" in path else {"id": "org/one", "sha": self.commit, "siblings": listing}
+            body, status = json.dumps(tree).encode(), 200
+        elif path.startswith("/org/one/resolve/") and name in self.files:
+            body, status = self.files[name], 200
+        else:
+            body, status = b"{}", 404
+        self.send_response(status)
+        self.send_header("X-Repo-Commit", self.commit)
+        self.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_hub_tokenizer_is_downloaded_and_a_hub_that_is_not_there_is_an_error(trained, tmp_path):
+    """A real server on loopback; the library reads its address when it is imported, hence other processes."""
+    renamed(trained, tmp_path / "files", "</s>")
+    Hub.files = {path.name: path.read_bytes() for path in (tmp_path / "files").iterdir()}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    code = "import sys; from esolm_megatron.data.tokenizer import load_tokenizer; print(load_tokenizer(sys.argv[1]).fingerprint)"
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "home"),
+    }
+
+    def said(name, **more):
+        command = [sys.executable, "-c", code, name]
+        return subprocess.run(command, env=environment | more, capture_output=True, text=True, timeout=120, check=False)
+
+    try:
+        first = said("hf://org/one?revision=main")
+        assert first.stdout.strip() == load_tokenizer(tmp_path / "files").fingerprint, first.stderr
+        assert "tokenizer 'hf://org/none': cannot be downloaded: " in said("hf://org/none").stderr
+    finally:
+        server.shutdown()
+        server.server_close()
+    offline = said("hf://org/two", HF_HUB_OFFLINE="1").stderr
+    assert "cannot be downloaded: " in offline
+    assert "check the name and the network, or download it elsewhere and give its folder" in offline
+    kept = said("hf://org/one?revision=main", HF_HUB_OFFLINE="1")
+    assert kept.stdout == first.stdout, kept.stderr

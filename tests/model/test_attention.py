@@ -2,10 +2,17 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from esolm_megatron.model.attention import PackedAttention, PackedLayout, causal_attention, mask_stream_attention
+from esolm_megatron.model.attention import (
+    DocumentRuns,
+    PackedAttention,
+    PackedLayout,
+    causal_attention,
+    mask_stream_attention,
+)
 
 
 def dense_mask_stream(q, k_self, v_self, k_clean, v_clean):
@@ -78,3 +85,42 @@ def test_packed_attention_keeps_rows_apart():
     expected = torch.zeros(layout.num_tokens, dtype=torch.bool)
     expected[22:32], expected[66:71] = True, True
     assert torch.equal(touched, expected), "row 0 of group 0 may reach its own clean keys 0..9 and its own masks only"
+
+
+def test_documents_get_what_they_would_get_alone():
+    """Documents of 0, 1 and more tokens, with none, some and all of them in the mask stream, in two groups of rows."""
+    plain, clean = np.array([[11, 0, 0, 0], [1, 5, 4, 1]]), [np.array([[1, 4, 6], [3, 0, 8]]), np.array([[2, 9]])]
+    masks = [np.array([[1, 0, 4], [1, 0, 4]]), np.array([[2, 9]])]
+    layout = PackedLayout(seq_length=11, num_plain=2, groups=((2, 5), (1, 11)))
+    generator = torch.Generator().manual_seed(4)
+    q, k, v = (
+        torch.randn(layout.num_tokens, n, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+        for n in (6, 2, 2)
+    )
+    out = PackedAttention(layout, DocumentRuns.of([plain, *clean], masks))(0, q, k, v)
+
+    def piece(x, start, size):
+        return x[start : start + size].transpose(0, 1)[None]
+
+    token, alone, sizes = 0, [], np.concatenate([x.ravel() for x in (plain, *clean)])
+    for size in sizes:
+        if size:
+            alone.append(causal_attention(*(piece(x, token, size) for x in (q, k, v))))
+        token += size
+    assert token == 5 * 11
+    starts = np.cumsum(sizes) - sizes
+    for start, size, count in zip(starts[8:], sizes[8:], np.concatenate([m.ravel() for m in masks]), strict=True):
+        if count:
+            alone.append(
+                dense_mask_stream(
+                    *(piece(x, token, count) for x in (q, k, v)), *(piece(x, start, size) for x in (k, v))
+                )
+            )
+        token += count
+    truth = torch.cat([x[0].transpose(0, 1) for x in alone])
+    torch.testing.assert_close(out, truth, rtol=1e-12, atol=1e-13)
+    grad = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    for mine, theirs in zip(
+        torch.autograd.grad(out, (q, k, v), grad), torch.autograd.grad(truth, (q, k, v), grad), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-13)

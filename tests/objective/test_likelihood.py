@@ -7,7 +7,6 @@ import pytest
 import torch
 from parity import MASK, MODERN, Reference, fixture_path, load_case, random_model
 
-from esolm_megatron.model.attention import PackedAttention
 from esolm_megatron.objective.likelihood import importance_weighted, log_likelihood, ordered_batch
 from esolm_megatron.sample import schedule_log_probs
 
@@ -55,7 +54,7 @@ def test_the_references_any_order_logits():
     case = load_case("anyorder")
     tokens, order = case["x0"].long(), case["sort_idx"].long()
     batch = ordered_batch(tokens.numpy(), order.numpy(), np.ones(tokens.shape), MASK)
-    logits = Reference()(batch.tokens, batch.positions, PackedAttention(batch.layout), places=batch.places)
+    logits = Reference()(batch.tokens, batch.positions, batch.attend, places=batch.places)
     theirs = case["logits"]
     close(logits.view(theirs.shape)[..., :MASK], theirs[..., :MASK], 1e-10, "logits")
 

@@ -5,7 +5,6 @@ import pytest
 import torch
 from parity import MASK, Reference, fixture_path, load_case, metadata, rows_of
 
-from esolm_megatron.model.attention import PackedAttention
 from esolm_megatron.objective.esolm import DIFFUSION, SEQUENTIAL, mean_loss, pack, part_sums
 
 CASES = ["diff_elbo_a1", "diff_lowvar_a1", "seq_a0", "mix_a0.125", "mix_a0.25_pad"]
@@ -34,9 +33,7 @@ def packed_case(name):
 
 
 def run(reference, batch):
-    return reference(
-        batch.tokens, batch.positions, PackedAttention(batch.layout), places=batch.places, targets=batch.targets
-    )
+    return reference(batch.tokens, batch.positions, batch.attend, places=batch.places, targets=batch.targets)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
@@ -71,7 +68,7 @@ def test_logits(name):
     needs(name)
     case, batch, _ = packed_case(name)
     reference = Reference()
-    logits = reference(batch.tokens, batch.positions, PackedAttention(batch.layout))
+    logits = reference(batch.tokens, batch.positions, batch.attend)
     if "diff.logits" in case:
         theirs = case["diff.logits"]
         mine = logits[: theirs.shape[0] * 32].view(theirs.shape)

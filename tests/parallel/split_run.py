@@ -57,7 +57,7 @@ def saved(results, when="pieces"):
 def truth_of(config):
     """What one process without any parallelism does for `config`; remembered, for many layouts share it."""
     tree = config.model_dump(mode="json")
-    for part in ("parallel", "train", "data", "checkpoint", "log", "evaluate"):
+    for part in ("parallel", "train", "checkpoint", "log", "evaluate"):
         tree.pop(part)
     return _truth(json.dumps(tree), config.train.global_batch_size)
 

@@ -148,9 +148,7 @@ def test_validation_equals_one_process(layout):
     share = validation_share(config, np.arange(8))
     (batch,) = share.micro_batches
     with torch.no_grad():
-        losses = model(
-            batch.tokens, batch.positions, PackedAttention(batch.layout), places=batch.places, targets=batch.targets
-        )
+        losses = model(batch.tokens, batch.positions, batch.attend, places=batch.places, targets=batch.targets)
     sums = part_sums(losses, batch).tolist()
     for result in run_ranks(validate, world_size, config):
         assert result["sums"] == pytest.approx(sums, rel=1e-5)

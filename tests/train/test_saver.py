@@ -33,7 +33,7 @@ def config(folder, timeout_s=60.0, **fields):
             "train": {"num_steps": 9, "global_batch_size": 2, "micro_batch_size": 2},
             "data": {"path": "nowhere"},
             "parallel": {"timeout_s": timeout_s},
-            "checkpoint": fields,
+            "checkpoint": {"every_steps": 1, **fields},
         }
     )
 

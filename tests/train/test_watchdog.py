@@ -13,7 +13,7 @@ import yaml
 from train.test_trainer import await_end_of_ranks, finish, ranks_of, start, state, tokens, tree
 
 from esolm_megatron.checkpoint import complete_steps
-from esolm_megatron.launch import verdict
+from esolm_megatron.launch.local import verdict
 from esolm_megatron.sections import WatchdogConfig
 from esolm_megatron.train.ending import Ending, read
 from esolm_megatron.train.metrics import Stragglers, WallClock

@@ -1,0 +1,292 @@
+"""Remote shards on a local disk: each is fetched once on a node, checked, and dropped when room is wanted.
+
+    CACHE/SHA256.data    a file under its own hash, so that two runs, or two copies of the data, share it
+    CACHE/SHA256.part    a download, with its room already taken
+    CACHE/SHA256.lock    held by the process that downloads; the kernel releases it when that process dies
+    CACHE/room.lock      held while room is made
+
+Whoever reads a file holds a shared lock on it, and a file that is locked is never dropped. What was fetched or
+opened last is dropped last.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from esolm_megatron.data.remote import Cancelled, Remote
+from esolm_megatron.data.shards import DataError, Folder, LocalTrouble, ShardCorrupt, ShardEntry
+from esolm_megatron.sections import DataConfig, is_remote
+
+_POLL_S = 0.02
+_KEPT_FOR_S = 600.0
+"""What was fetched ahead counts as used so much later, until it is opened: it must not go before its first row is read."""
+
+
+def open_folder(path: str | Path, config: DataConfig) -> Folder:
+    """The folder of prepared tokens that `path` names, by way of the cache where it is elsewhere."""
+    if not is_remote(str(path)):
+        return Folder(str(path).removeprefix("file://"))
+    if config.cache_dir is None:
+        raise DataError(f"data.cache_dir = null: {path} is not on this machine; give a folder on a local disk")
+    cache = Cache(config.cache_dir, int(config.cache_gb * 1e9), config.timeout_s)
+    return CachedFolder(Remote(str(path), config.retries, config.timeout_s), cache)
+
+
+@contextmanager
+def _locked(path: Path, stop: threading.Event) -> Iterator[None]:
+    """Hold the lock file `path` inside."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if stop.wait(_POLL_S):
+                    raise Cancelled(f"{path}: not waited for, for the run ends") from None
+        yield
+    finally:
+        os.close(file)
+
+
+class Cache:
+    """A folder whose files take at most `limit` bytes."""
+
+    def __init__(self, folder: str | Path, limit: int, patience_s: float):
+        self.folder, self.limit, self.patience_s = Path(folder), limit, patience_s
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"data.cache_dir = {folder}: {error.strerror or error}") from error
+
+    def path(self, sha256: str, kind: str = "data") -> Path:
+        """Where a file, its part or its lock lies."""
+        return self.folder / f"{sha256}.{kind}"
+
+    @contextmanager
+    def part(self, sha256: str, size: int, stop: threading.Event) -> Iterator[int]:
+        """An empty file of this process, open for writing, with room for `size` bytes; removed if it is still there.
+
+        Raises:
+            LocalTrouble: the disk is full, or everything in the cache is in use and stays so for `patience_s`.
+        """
+        path, deadline = self.path(sha256, "part"), time.monotonic() + self.patience_s
+        try:
+            while True:
+                with _locked(self.folder / "room.lock", stop):
+                    missing = self._make_room(size, path)
+                    if missing <= 0:
+                        file = self._reserved(path, size)  # before others count
+                        break
+                if time.monotonic() > deadline:
+                    raise LocalTrouble(
+                        f"data.cache_gb = {self.limit / 1e9:g}: {self.folder} is {missing} bytes short of room for the next "
+                        "shard, and all that is in it is in use; raise it, or lower data.num_lanes or data.prefetch_shards"
+                    )
+                stop.wait(10 * _POLL_S)
+            try:
+                yield file
+            finally:
+                os.close(file)
+        finally:
+            path.unlink(missing_ok=True)
+
+    @contextmanager
+    def disk_full_named(self, size: int) -> Iterator[None]:
+        """A disk that does not take what is written inside is an error that says what to free."""
+        try:
+            yield
+        except OSError as error:
+            raise LocalTrouble(
+                f"data.cache_dir = {self.folder}: {error.strerror or error}; free {size} bytes on that disk, or lower "
+                f"data.cache_gb = {self.limit / 1e9:g} so that the cache stays below what there is"
+            ) from error
+
+    def _reserved(self, path: Path, size: int) -> int:
+        """A new file that takes `size` bytes from now on."""
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            with self.disk_full_named(size):
+                _take_room(file, size)
+        except BaseException:
+            os.close(file)
+            raise
+        return file
+
+    def _make_room(self, size: int, own: Path) -> int:
+        """Drop what was not used for longest until `size` more bytes fit; returns the bytes that are still missing."""
+        own.unlink(missing_ok=True)  # of a process that died
+        files = []
+        for entry in os.scandir(self.folder):
+            if entry.name.endswith((".data", ".part")):
+                with suppress(FileNotFoundError):
+                    state = entry.stat()
+                    files.append((state.st_mtime, state.st_size, Path(entry.path)))
+        missing = sum(file[1] for file in files) + size - self.limit
+        for _, bytes_, path in sorted(files):
+            if missing <= 0:
+                break
+            if _dropped(path):
+                missing -= bytes_
+        return missing
+
+
+def _dropped(path: Path) -> bool:
+    """Whether the file could be removed, because nobody reads or writes it."""
+    guard = path if path.suffix == ".data" else path.with_suffix(".lock")
+    try:
+        file = os.open(guard, os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink(missing_ok=True)
+        return True
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(file)
+
+
+class CachedFolder(Folder):
+    """Prepared tokens that are elsewhere. What fails after its retries is not tried again by this process."""
+
+    remote = True
+
+    def __init__(self, source: Remote, cache: Cache):
+        self.source, self.cache, self.path = source, cache, cache.folder
+        self._failed: dict[str, DataError] = {}
+        self._distrusted: set[str] = set()
+        self._turns: dict[str, threading.Lock] = {}
+        self._lock = threading.Lock()
+
+    def where(self, name: str) -> str:
+        """What messages call a file."""
+        return self.source.where(name)
+
+    def read(self, name: str, fix: str) -> bytes:
+        """The bytes of a small file, which is fetched each time."""
+        return self.source.fetch(name, b"".join)
+
+    def read_index(self, sha256: str) -> bytes:
+        """The bytes of blocks.npy, from the cache where it is there."""
+        file = self._opened("blocks.npy", sha256, None)
+        try:
+            return os.pread(file, os.fstat(file).st_size, 0)
+        finally:
+            self.close(file)
+
+    def open(self, shard: ShardEntry) -> int:
+        """A file descriptor of a shard, which cannot be dropped until it is closed."""
+        return self._opened(f"shards/{shard.name}", shard.sha256, shard.bytes)
+
+    def check(self, shard: ShardEntry) -> None:
+        """Nothing: a shard is checked when it arrives."""
+
+    def bring(self, shard: ShardEntry) -> None:
+        """Have a shard in the cache. Errors are kept for whoever opens it."""
+        with suppress(DataError):
+            self._ensure(f"shards/{shard.name}", shard.sha256, shard.bytes, ahead=True)
+
+    def distrust(self, shard: ShardEntry, file: int) -> bool:
+        """Drop a damaged copy; the first time, another may be better."""
+        path = self.cache.path(shard.sha256)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(file)):  # else somebody has replaced it already
+                path.unlink(missing_ok=True)
+        first = shard.sha256 not in self._distrusted
+        self._distrusted.add(shard.sha256)
+        return first
+
+    def _opened(self, name: str, sha256: str, size: int | None) -> int:
+        path = self.cache.path(sha256)
+        while True:
+            self._ensure(name, sha256, size)
+            try:
+                file = os.open(path, os.O_RDWR)
+            except FileNotFoundError:  # dropped since
+                continue
+            fcntl.flock(file, fcntl.LOCK_SH)
+            if os.fstat(file).st_nlink:
+                with suppress(OSError):
+                    os.utime(file)
+                return file
+            os.close(file)
+
+    def _ensure(self, name: str, sha256: str, size: int | None, *, ahead: bool = False) -> None:
+        """Have a file in the cache; one thread of one process of the node fetches it, and the others wait."""
+        with self._lock:
+            turn = self._turns.setdefault(sha256, threading.Lock())
+        with turn:
+            if sha256 in self._failed:
+                raise self._failed[sha256]
+            if self._is_there(sha256, size):
+                return
+            try:
+                with _locked(self.cache.path(sha256, "lock"), self.source.stop):
+                    if not self._is_there(sha256, size):
+                        self._download(name, sha256, size, time.time() + ahead * _KEPT_FOR_S)
+            except Cancelled:
+                raise
+            except DataError as error:
+                self._failed[sha256] = error
+                raise
+
+    def _is_there(self, sha256: str, size: int | None) -> bool:
+        try:
+            found = self.cache.path(sha256).stat().st_size
+        except FileNotFoundError:
+            return False
+        return found == size if size is not None else found > 0
+
+    def _download(self, name: str, sha256: str, size: int | None, used: float) -> None:
+        where = self.where(name)
+        with self.cache.part(sha256, size or 0, self.source.stop) as file:
+
+            def take(chunks: Iterator[bytes]) -> None:
+                digest, count = hashlib.sha256(), 0
+                os.ftruncate(file, size or 0)
+                os.lseek(file, 0, os.SEEK_SET)
+                for chunk in chunks:
+                    count += len(chunk)
+                    if size is not None and count > size:
+                        break
+                    digest.update(chunk)
+                    with self.cache.disk_full_named(size or count):
+                        _write(file, chunk)
+                if size is not None and count != size:
+                    raise ShardCorrupt(
+                        f"{where}: cut or replaced at offset {min(count, size)}: the manifest says {size} bytes"
+                    )
+                if digest.hexdigest() != sha256:
+                    found = digest.hexdigest()
+                    raise ShardCorrupt(f"{where}: has sha256 {found[:16]}..., the manifest says {sha256[:16]}...")
+
+            self.source.fetch(name, take)
+            os.utime(file, (used, used))
+            with _locked(self.cache.folder / "room.lock", self.source.stop):  # whoever counts sees one of the names
+                os.rename(self.cache.path(sha256, "part"), self.cache.path(sha256))
+
+
+def _take_room(file: int, size: int) -> None:
+    """Have the disk set aside `size` bytes, where it can, so that a full one is found before the download."""
+    try:
+        if size:
+            os.posix_fallocate(file, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENODEV):
+            raise
+
+
+def _write(file: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(file, view) :]

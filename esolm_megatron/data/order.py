@@ -1,0 +1,79 @@
+"""The order in which a source's sequences come, by arithmetic alone.
+
+In each epoch the shards are permuted, and their sequences laid end to end and cut into lanes of equal length; consecutive
+samples take turns over the lanes, and each lane is permuted within windows. Data that fits into lanes x window is one
+window: a full permutation.
+
+    sample k of a source -> epoch k // n -> lane -> place in its window -> sequence in its shard
+
+Permutations are stable argsorts of raw Philox words, which numpy promises never to change, keyed by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+
+import numpy as np
+
+
+def permutation(n: int, *names: object) -> np.ndarray:
+    """int64 (n,): the permutation that belongs to `names`, equal on all machines and numpy versions."""
+    text = "|".join(map(str, names)).encode()
+    key = int.from_bytes(hashlib.blake2b(text, digest_size=16).digest(), "little")
+    return np.argsort(np.random.Philox(key=key).random_raw(n), kind="stable")
+
+
+class Order:
+    """Which sequence each sample of a source reads. per_shard: sequences of each shard, in storage order; key: its names."""
+
+    def __init__(self, per_shard: np.ndarray, key: tuple[object, ...], num_lanes: int, shuffle_window: int):
+        self._per_shard, self._key = per_shard, key
+        self._first_of_shard = np.cumsum(per_shard) - per_shard
+        self.num_sequences = int(per_shard.sum())
+        small = self.num_sequences <= num_lanes * shuffle_window
+        self.num_lanes = 1 if small else num_lanes
+        self.shuffle_window = self.num_sequences if small else shuffle_window
+        self._epoch = lru_cache(maxsize=4)(self._draw_epoch)
+        self._window = lru_cache(maxsize=4 * self.num_lanes + 16)(self._draw_window)
+
+    def sequences(self, samples: np.ndarray) -> np.ndarray:
+        """Storage number of the sequence that each sample reads; samples are counted from the start of the run."""
+        epochs, within = np.divmod(samples, self.num_sequences)
+        places, lanes = np.divmod(within, self.num_lanes)
+        short, longer = divmod(self.num_sequences, self.num_lanes)
+        lengths = short + (lanes < longer)
+        num_windows = -(-lengths // self.shuffle_window)
+        windows = ((places + 1) * num_windows - 1) // lengths
+        out = np.empty_like(samples)
+        triples, inverse = np.unique(np.stack([epochs, lanes, windows]), axis=1, return_inverse=True)
+        inverse = inverse.reshape(-1)
+        for number, (epoch, lane, window) in enumerate(triples.T.tolist()):
+            chosen = inverse == number
+            length = short + (lane < longer)
+            count = -(-length // self.shuffle_window)
+            low, high = window * length // count, (window + 1) * length // count
+            base = lane * short + min(lane, longer) + low
+            moved = base + self._window(epoch, lane, window, high - low)[places[chosen] - low]
+            shards, ends = self._epoch(epoch)
+            at = np.searchsorted(ends, moved, "right")
+            shard = shards[at]
+            out[chosen] = self._first_of_shard[shard] + moved - (ends[at] - self._per_shard[shard])
+        return out
+
+    def working_set(self) -> int:
+        """Most shards that are read in turns: each lane's window may begin and end inside a shard."""
+        held = self._per_shard[self._per_shard > 0]
+        if self.shuffle_window >= self.num_sequences:
+            return len(held)
+        smallest_first = np.cumsum(np.sort(held))
+        spanned = int(np.searchsorted(smallest_first, self.shuffle_window)) + 2
+        return min(self.num_lanes * spanned, len(held))
+
+    def _draw_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shards in the order of `epoch`, and where each one's sequences end in it."""
+        order = permutation(len(self._per_shard), *self._key, "shards", epoch)
+        return order, np.cumsum(self._per_shard[order])
+
+    def _draw_window(self, epoch: int, lane: int, window: int, size: int) -> np.ndarray:
+        return permutation(size, *self._key, "window", epoch, lane, window)

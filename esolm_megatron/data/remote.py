@@ -1,0 +1,142 @@
+"""Files that are elsewhere, as bytes: http(s)://, s3:// and whatever else fsspec opens, and pipe: with a command."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import random
+import select
+import shlex
+import signal
+import subprocess
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, suppress
+from typing import TypeVar
+
+from esolm_megatron.data.shards import DataError, LocalTrouble, ShardMissing
+
+Result = TypeVar("Result")
+CHUNK = 1 << 20
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 60.0
+_MAY_PASS = (408, 425, 429)
+"""Refusals of HTTP that are worth another try; other 4xx are not."""
+
+
+class Cancelled(LocalTrouble):
+    """A download that nobody waits for any more."""
+
+
+class Remote:
+    """A folder that is fetched file by file.
+
+    root: http(s)://..., s3://..., or pipe:COMMAND, a shell command in which {name} stands for the file's name in the
+    folder. Set `stop` to end downloads early.
+    """
+
+    def __init__(self, root: str, retries: int, timeout_s: float):
+        self.root, self.retries, self.timeout_s = root.rstrip("/"), retries, timeout_s
+        self.stop = threading.Event()
+
+    def where(self, name: str) -> str:
+        """What messages call a file."""
+        if self.root.startswith("pipe:"):
+            return self.root.replace("{name}", shlex.quote(name))
+        return f"{self.root}/{name}"
+
+    def fetch(self, name: str, take: Callable[[Iterator[bytes]], Result]) -> Result:
+        """What `take` makes of the chunks of a file. It is called again for each try, and raises for bad content.
+
+        Raises:
+            ShardMissing: the server says that there is no such file, or refuses it.
+            ShardCorrupt, DataError: the last try's failure.
+            LocalTrouble, Cancelled: at once.
+        """
+        problem: DataError | None = None
+        for attempt in range(self.retries + 1):
+            if attempt:
+                wait = min(_FIRST_WAIT_S * 2 ** (attempt - 1), _LONGEST_WAIT_S) * random.uniform(0.5, 1.5)
+                self.stop.wait(wait)
+            if self.stop.is_set():
+                raise Cancelled(f"{self.where(name)}: not fetched, for the run ends")
+            try:
+                with closing(self._chunks(name)) as chunks:
+                    return take(chunks)
+            except (ShardMissing, LocalTrouble):
+                raise
+            except DataError as error:
+                problem = error
+        assert problem is not None
+        tries = f"{self.retries + 1} tries" if self.retries else "one try"
+        raise type(problem)(f"{problem} (after {tries})") from problem
+
+    def _chunks(self, name: str) -> Generator[bytes]:
+        """Chunks of the file; errors name the offset that they happened at."""
+        url, offset = self.where(name), 0
+        how = self._piped if url.startswith("pipe:") else self._http if url.startswith("http") else self._fsspec
+        try:
+            for chunk in how(url):
+                if self.stop.is_set():
+                    raise Cancelled(f"{url}: not fetched, for the run ends")
+                offset += len(chunk)
+                yield chunk
+        except urllib.error.HTTPError as error:
+            error.close()
+            if 400 <= error.code < 500 and error.code not in _MAY_PASS:
+                raise ShardMissing(f"{url}: HTTP {error.code} {error.reason}; look at data.path") from error
+            raise DataError(f"{url}: at offset {offset}: HTTP {error.code} {error.reason}") from error
+        except (FileNotFoundError, PermissionError) as error:
+            raise ShardMissing(f"{url}: {error}; look at data.path") from error
+        except (OSError, http.client.HTTPException) as error:
+            error = getattr(error, "reason", error)  # urllib wraps what happens while it connects
+            said = f"nothing came for {self.timeout_s:g} s" if isinstance(error, TimeoutError) else f"{error!r}"
+            raise DataError(f"{url}: at offset {offset}: {said}") from None
+
+    def _http(self, url: str) -> Iterator[bytes]:
+        with urllib.request.urlopen(url, timeout=self.timeout_s) as answer:
+            left = answer.length  # None where the server does not say
+            while chunk := answer.read(CHUNK):
+                left = None if left is None else left - len(chunk)
+                yield chunk
+            if left:
+                raise ConnectionError(f"the connection ended {left} bytes early")
+
+    def _piped(self, url: str) -> Iterator[bytes]:
+        process = subprocess.Popen(url[len("pipe:") :], shell=True, stdout=subprocess.PIPE, start_new_session=True)
+        assert process.stdout is not None
+        try:
+            file = process.stdout.fileno()
+            while True:
+                if not select.select([file], [], [], self.timeout_s)[0]:
+                    raise TimeoutError
+                chunk = os.read(file, CHUNK)
+                if not chunk:
+                    break
+                yield chunk
+            status = process.wait(self.timeout_s)
+            if status:
+                raise ConnectionError(f"the command ended with status {status}")
+        except subprocess.TimeoutExpired:
+            raise TimeoutError from None
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.stdout.close()
+            process.wait()
+
+    def _fsspec(self, url: str) -> Iterator[bytes]:
+        try:
+            import fsspec
+
+            file = fsspec.open(url, "rb")
+            with file as opened:
+                while chunk := opened.read(CHUNK):
+                    yield chunk
+        except ImportError as error:
+            raise ShardMissing(f"{url}: {error}; install what opens it, for s3:// esolm-megatron[s3]") from error
+        except (OSError, GeneratorExit, DataError):
+            raise
+        except Exception as error:  # each of its backends has errors of its own
+            raise ConnectionError(repr(error)) from error

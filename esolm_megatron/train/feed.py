@@ -1,0 +1,220 @@
+"""What a run reads: one rank of each model replica reads its rows, and the others of the replica get them from it.
+
+A reader that fails does not raise at once, for the other ranks would wait for it in their next collective. It hands out
+a blank batch; the step is refused, and all ranks learn of it with the step's other flags and raise together.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from esolm_megatron.config import Config, ConfigError, UserError
+from esolm_megatron.data.identity import changes
+from esolm_megatron.data.mixture import ONLY_SOURCE, first_difference, phases_of, sources_of
+from esolm_megatron.data.shards import DataError
+from esolm_megatron.data.stream import Batch, TokenStream, ValidationSet
+from esolm_megatron.parallel.engine import Engine
+from esolm_megatron.sections import DataConfig
+from esolm_megatron.train.guard import Guard, kept
+
+_HEAD = 1  # words before those of the rows: whether the reader failed
+
+
+def open_stream(config: Config, engine: Engine) -> TokenStream:
+    """The training rows of this rank's replica."""
+    return TokenStream(
+        config.data,
+        seq_length=config.model.seq_length,
+        global_batch_size=config.train.global_batch_size,
+        data_rank=engine.topology.data_rank,
+        data_size=engine.topology.data_size,
+        seed=config.seed,
+    )
+
+
+class Feed:
+    """The batches of a run, on every rank. `failure` is set once this rank could not get one."""
+
+    def __init__(self, config: Config, engine: Engine, guard: Guard):
+        self.config, self.engine, self.guard = config, engine, guard
+        self.failure: Exception | None = None
+        self.blank: Batch = _blank(config, engine)
+        self.corrupt_rows = 0
+        self.stream = open_stream(config, engine) if engine.reads else None
+        self.facts: dict[str, Any] = engine.from_first_rank(self.stream.facts() if self.stream else None)
+        self._damage: tuple[Any, ...] = ()
+
+    def batches(self, first: int) -> Generator[tuple[int, Batch]]:
+        """(number, batch) of this replica from number `first` on, without those that the guard leaves out. For ever."""
+        with closing(self._read(first)) as read:
+            for number, found in kept(read, first, self.guard):
+                batch = _shared(self.engine, self._mine(found), self.blank)
+                if batch is None and self.failure is None:
+                    self.failure = DataError("the rank that reads for this one failed")
+                yield number, self.blank if batch is None else batch
+
+    def _read(self, first: int) -> Generator[Batch | Exception | None]:
+        """Batches of the reading rank, and what stopped it, for ever; None for ever on the others."""
+        if self.stream is None:
+            while True:
+                yield None
+        with self.stream.prefetch(first) as batches:
+            while True:
+                try:
+                    yield next(batches)
+                except Exception as error:
+                    yield error
+
+    def _mine(self, batch: Batch | Exception | None) -> Batch | None:
+        if isinstance(batch, Exception):
+            self.failure, batch = batch, None
+        self._damage = () if batch is None else batch.damage
+        return batch
+
+    def flags(self) -> list[float]:
+        """Of the batch at hand on this rank: whether it could not be read, and its blank rows."""
+        return [float(self.failure is not None), float(len(self._damage))]
+
+    def settle(self, number: int, flags: np.ndarray) -> None:
+        """Act on all ranks' flags for batch `number`: list blank rows in events.jsonl, and end the run if it must.
+
+        Raises:
+            DataError: on every rank, for a batch that one could not read, or for too many blank rows.
+        """
+        if flags[:, 0].any():
+            own = _text(self.failure) if self.stream is not None and self.failure is not None else ""
+            said = [f"rank {rank}: {text}" for rank, text in enumerate(self.engine.everywhere(own)) if text]
+            if own and self.failure is not None:
+                raise self.failure
+            raise DataError("\n".join(said))
+        if flags[:, 1].any():
+            found = [asdict(damage) for part in self.engine.everywhere(self._damage) for damage in part]
+            for damage in sorted(found, key=lambda d: d["row"]):
+                self.guard.event("corrupt_row", batch=number, **damage)
+            self.corrupt_rows += len(found)
+            if self.corrupt_rows > self.config.data.max_corrupt_rows:
+                raise DataError(
+                    f"data.max_corrupt_rows = {self.config.data.max_corrupt_rows}: {self.corrupt_rows} rows could not be read, "
+                    f"the last because {found[-1]['error']}; mend the shards listed in events.jsonl, or raise it"
+                )
+
+    def counts(self, number: int) -> dict[str, Any]:
+        """What was read of each source for the batches before `number` that were not left out; on the first rank."""
+        if self.stream is None:
+            return {}
+        total = self.stream.counts(number)
+        for batch in self.guard.skipped:
+            if batch < number:
+                before, after = self.stream.counts(batch), self.stream.counts(batch + 1)
+                for name, count in total.items():
+                    for key in count:
+                        count[key] = round(count[key] - after[name][key] + before[name][key], 6)
+        return total
+
+    def check_same(self, manifest: dict[str, Any], number: int) -> None:
+        """Raise ConfigError if a checkpoint's manifest is of other data, or other weights before batch `number`."""
+        was, where = manifest["data_fingerprint"], f"step {manifest['step']} was trained on"
+        if isinstance(was, str):  # of a checkpoint from before there were sources
+            was = {ONLY_SOURCE: {"fingerprint": was}}
+        found = changes(was, self.facts)
+        if found:
+            raise ConfigError(
+                f"data: is not what {where}:\n" + "\n".join(found) + "\nrestore it, or start a run with another name"
+            )
+        fields = ("path", "sources", "weight_changes")
+        old = DataConfig(**{k: v for k, v in manifest["config"]["data"].items() if k in fields})
+        new = self.config.data
+        differs = first_difference(phases_of(old), list(sources_of(old)), phases_of(new), list(sources_of(new)))
+        if differs is not None and differs < number:
+            raise ConfigError(
+                f"data.sources, data.weight_changes: weights from batch {differs} on are not those that {where}, and "
+                f"{number} batches are done; restore them, and change weights from {number} on"
+            )
+
+    def close(self) -> None:
+        """Close the shards."""
+        if self.stream is not None:
+            self.stream.close()
+
+
+class ValidationFeed:
+    """Validation rows, on every rank; read once in a replica. `len()` counts them."""
+
+    def __init__(self, config: Config, engine: Engine):
+        self.engine, self.length = engine, config.model.seq_length
+        self._set = ValidationSet(config.data, seq_length=self.length) if engine.reads else None
+        self._size: int = engine.from_first_rank(len(self._set) if self._set is not None else None)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def rows(self, parts: list[np.ndarray]) -> list[Batch]:
+        """A batch of rows for each of `parts`, which are as many on all ranks.
+
+        Raises:
+            DataError: on every rank, where one could not read its rows.
+        """
+        out, error = [], ""
+        for part in parts:
+            mine: Batch | None = None
+            if self._set is not None and not error:
+                try:
+                    mine = self._set.rows(part)
+                except Exception as problem:
+                    error = _text(problem)
+            shape = (len(part), self.length)
+            blank = Batch(np.zeros(shape, np.int64), np.zeros(shape, bool), part, part, _no_documents(len(part)))
+            out.append(_shared(self.engine, mine, blank))
+        if self.engine.any_rank(any(batch is None for batch in out)):
+            said = [f"rank {rank}: {text}" for rank, text in enumerate(self.engine.everywhere(error)) if text]
+            raise DataError("\n".join(said))
+        return [batch for batch in out if batch is not None]
+
+
+def _text(error: Exception | None) -> str:
+    """What other ranks say about an error: what a user can mend, or all there is to know."""
+    if isinstance(error, UserError):
+        return str(error)
+    return "".join(traceback.format_exception(error))
+
+
+def _no_documents(count: int) -> list[np.ndarray]:
+    return [np.empty(0, np.int64)] * count
+
+
+def _blank(config: Config, engine: Engine) -> Batch:
+    """A batch that weighs nothing."""
+    size, top = config.train.global_batch_size, engine.topology
+    rows = np.arange(top.data_rank, size, top.data_size, dtype=np.int64)
+    shape = (len(rows), config.model.seq_length)
+    return Batch(np.zeros(shape, np.int64), np.zeros(shape, bool), rows, rows, _no_documents(len(rows)))
+
+
+def _shared(engine: Engine, batch: Batch | None, blank: Batch) -> Batch | None:
+    """The batch of the rank that reads for this replica; None if it has none. blank: a batch of the same shape."""
+    if not engine.shares_rows:
+        return batch
+    words = engine.from_reader(_packed(batch or blank, failed=batch is None))
+    return _unpacked(words, blank.tokens.shape) if words[0] == 0 else None
+
+
+def _packed(batch: Batch, *, failed: bool) -> np.ndarray:
+    """int64 words of one length for batches of one shape: status, rows, samples, tokens with two flags each."""
+    flags = batch.valid.astype(np.int64)
+    for row, starts in enumerate(batch.documents):
+        flags[row, starts] |= 2
+    return np.concatenate([[int(failed)], batch.rows, batch.samples, (batch.tokens << 2 | flags).ravel()])
+
+
+def _unpacked(words: np.ndarray, shape: tuple[int, ...]) -> Batch:
+    count = shape[0]
+    rows, samples, cells = np.split(words[_HEAD:], [count, 2 * count])
+    cells = cells.reshape(shape)
+    documents = [np.flatnonzero(row & 2) for row in cells]
+    return Batch(cells >> 2, (cells & 1).astype(bool), rows, samples, documents)
