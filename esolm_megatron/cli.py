@@ -56,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     for name, action, text, kind in (
         ("sample", generate.run_sample, "text from a converted model", generate.SampleOptions),
         ("score", generate.run_score, "exact log-likelihoods of given texts", generate.ScoreOptions),
+        ("serve", generate.run_serve, "a model over HTTP, for this machine by default", generate.ServeOptions),
     ):
         made = verb(name, action, text)
         made.add_argument("path", metavar="MODEL", help="folder made by esolm convert")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -79,6 +80,49 @@ class ScoreOptions(Section):
     """Orders in one pass."""
     seed: int = Field(0, ge=0)
     """Seed of the orders."""
+
+
+class ServeOptions(Section):
+    """Fields of `esolm serve`."""
+
+    host: str = "127.0.0.1"
+    """Address to listen at; the default is reached from this machine only. There is no password: anyone who reaches it may use it."""
+    port: int = Field(8000, ge=0, le=65535)
+    """Port; 0 takes a free one."""
+    rows: int = Field(16, ge=1)
+    """Texts written at once."""
+    length: int | None = Field(None, ge=1)
+    """Tokens of a text, prompt included; null means the trained length."""
+    queue: int = Field(64, ge=0)
+    """Texts that may wait; more are refused with status 429."""
+    body: int = Field(1_000_000, ge=1)
+    """Bytes of a request; larger ones are refused with status 413."""
+    dtype: str = Field("fp32", pattern="^(fp32|bf16|fp16)$")
+    """Type of the weights."""
+    device: str = "cpu"
+    """Where the model is put."""
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    """Serve a model until a signal asks to end."""
+    import torch
+
+    try:
+        import uvicorn
+
+        from esolm_megatron import serve
+    except ImportError as error:
+        raise ConfigError(f"{error.name} is missing: pip install 'esolm-megatron[serve]'") from None
+    from esolm_megatron import load_pretrained
+
+    chosen = options(ServeOptions, args.overrides)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[chosen.dtype]
+    model = load_pretrained(args.path, dtype, chosen.device)
+    limits = serve.Limits(chosen.rows, chosen.length or model.config.seq_length, chosen.queue, chosen.body)
+    app = serve.build(model, limits, Path(args.path).resolve().name)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # which is raised again after the server has ended
+    uvicorn.run(app, host=chosen.host, port=chosen.port, timeout_graceful_shutdown=5, log_level="info")
+    return 0
 
 
 def run_sample(args: argparse.Namespace) -> int:
