@@ -252,9 +252,7 @@ def _check_proposals(propose: int, passes: int, schedule: Schedule, draw: Draw, 
             "schedule='first_hitting', or propose=1"
         )
     if draw.repetition_penalty != 1 or stop_id is not None:
-        raise ValueError(
-            f"propose = {propose}: cannot be combined with repetition_penalty and stop_id; use propose=1"
-        )
+        raise ValueError(f"propose = {propose}: cannot be combined with repetition_penalty and stop_id; use propose=1")
 
 
 def _wide(model: EsoLM) -> torch.dtype:

@@ -115,7 +115,9 @@ class Worker:
                 raise Refused(503, "the server is shutting down")
             free = self.limits.rows - len(self.at_work)
             if len(self.waiting) + len(jobs) > self.limits.queue + free:
-                raise Refused(429, f"{len(self.waiting)} texts are waiting, of at most {self.limits.queue}; try again later")
+                raise Refused(
+                    429, f"{len(self.waiting)} texts are waiting, of at most {self.limits.queue}; try again later"
+                )
             self.waiting.extend(jobs)
             self.changed.notify()
 
@@ -186,7 +188,9 @@ def plans_of(model: PretrainedEsoLM, limits: Limits, asked: Completion) -> list[
         ids = encode(asked.prompt) if asked.prompt else []
         positions, length = list(range(len(ids))), len(ids) + asked.max_tokens
     if length > limits.length or asked.n > limits.rows + limits.queue:
-        raise Refused(413, f"n = {asked.n} texts of {length} tokens: at most {limits.rows + limits.queue} of {limits.length}")
+        raise Refused(
+            413, f"n = {asked.n} texts of {length} tokens: at most {limits.rows + limits.queue} of {limits.length}"
+        )
     return plan_rows(
         range(asked.n), length, mask_id=model.config.mask_id,
         alpha_0=model.alpha_0 if asked.alpha_0 is None else asked.alpha_0, steps=asked.steps or length, seed=asked.seed,
@@ -317,5 +321,3 @@ class Answer:
     def _leave(self) -> None:
         for job in self.jobs:
             job.given_up = True
-
-

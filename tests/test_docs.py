@@ -34,6 +34,8 @@ NOT_RUN = {
     "bash tools/test.sh": "runs these tests",
     "pip install torch": INSTALLS,
     "pip install -e '.[train]'": INSTALLS,
+    "pip install -e '.[serve]'": INSTALLS,
+    "esolm serve runs/quickstart/model port=8000 rows=16": "runs until a signal; tests/test_serve.py starts one",
     "esolm convert reference.ckpt imported --from reference num_heads=12 length=1024": (
         "needs a checkpoint of the reference; tests/conversion makes and imports one"
     ),

@@ -41,9 +41,7 @@ def test_all_texts_of_a_length_have_probability_one_after_any_prompt():
 def test_orders_follow_the_seed_and_not_the_batches():
     model = PretrainedEsoLM(random_model(), 0.5)
     text = list(range(11))
-    whole, split, other = (
-        score(model, text, orders=5, **o) for o in ({}, {"batch_size": 2}, {"seed": 1})
-    )
+    whole, split, other = (score(model, text, orders=5, **o) for o in ({}, {"batch_size": 2}, {"seed": 1}))
     assert len(set(whole.log_p)) == 5
     assert split.log_p == pytest.approx(whole.log_p, abs=1e-9)
     assert not set(other.log_p) & set(whole.log_p)

@@ -1,8 +1,8 @@
-"""Sampling against three baselines in one run: how many tokens a second, and CPU-seconds.
+r"""Sampling against three baselines in one run: how many tokens a second, and CPU-seconds.
 
     python tools/benchmark_sample.py                         # 124M on a CPU, some minutes
     python tools/benchmark_sample.py --shape toy --batch 1 16 --length 256 --steps 16 one
-    python tools/benchmark_sample.py --device cuda --dtype bf16 --batch 1 16 128 512 --length 256 1024 8192 \\
+    python tools/benchmark_sample.py --device cuda --dtype bf16 --batch 1 16 128 512 --length 256 1024 8192 \
         --steps 16 64 256 one --budget 400                   # under 8 minutes
 
 Baselines, of the same random weights, written here:
@@ -52,6 +52,7 @@ class ReferenceAttention:
         self.fed: list = [None] * layers
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Mixed values."""
         q, k, v = (x.view(self.batch, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
         if self.kept[layer] is not None:
             k, v = (torch.cat([a, b], 2) for a, b in zip(self.kept[layer], (k, v), strict=True))
@@ -61,12 +62,13 @@ class ReferenceAttention:
         return out.transpose(1, 2).reshape(-1, out.shape[1], out.shape[3])
 
     def keep(self, count: int) -> None:
+        """Forget all but the first tokens."""
         self.kept = [(k[:, :, :count], v[:, :, :count]) for k, v in self.fed]
 
 
 @torch.no_grad()
 def reference_loop(model: EsoLM, orders: Tensor, ks: list[int]) -> Tensor:
-    batch, length = orders.shape
+    batch = len(orders)
     attend = ReferenceAttention(model.shape.num_layers, batch)
     fed, cached, done = torch.full_like(orders, model.shape.mask_id), 0, 0
     for k in ks:
@@ -126,7 +128,9 @@ def timed(action: Callable[[], object], device: torch.device) -> tuple[float, fl
 
 def cell(model: EsoLM, batch: int, length: int, steps: str, args: argparse.Namespace) -> list[dict]:
     device = model.embedding.weight.device
-    kind = {"schedule": "first_hitting", "steps": 1} if steps == "one" else {"schedule": "binomial", "steps": int(steps)}
+    kind = (
+        {"schedule": "first_hitting", "steps": 1} if steps == "one" else {"schedule": "binomial", "steps": int(steps)}
+    )
     plans = plan_rows(range(batch), length, mask_id=model.shape.mask_id, alpha_0=1.0, **kind)
     orders, ks = torch.from_numpy(np.stack([p.order for p in plans])).to(device), plans[0].ks
     methods = {

@@ -86,7 +86,7 @@ class ServeOptions(Section):
     """Fields of `esolm serve`."""
 
     host: str = "127.0.0.1"
-    """Address to listen at; the default is reached from this machine only. There is no password: anyone who reaches it may use it."""
+    """Address to listen at; the default is reached from this machine only. Anyone who reaches it may use it."""
     port: int = Field(8000, ge=0, le=65535)
     """Port; 0 takes a free one."""
     rows: int = Field(16, ge=1)
@@ -157,7 +157,9 @@ def run_sample(args: argparse.Namespace) -> int:
             order=chosen.order if chosen.positions is None else torch.tensor(chosen.positions),  # type: ignore[arg-type]
             stop_id=model.tokenizer.eos_id if chosen.stop else None,
             watch=replay,
-            **chosen.model_dump(exclude={"num_samples", "length", "prompt", "infill", "order", "positions", "stop", "seconds_per_pass"}),
+            **chosen.model_dump(
+                exclude={"num_samples", "length", "prompt", "infill", "order", "positions", "stop", "seconds_per_pass"}
+            ),
         )
     if args.html and replay:
         replay.write_html(Path(args.html), f"{chosen.num_samples} samples of {Path(args.path).name}")
@@ -209,7 +211,12 @@ def run_score(args: argparse.Namespace) -> int:
     table = Table("text", "tokens", "mean log p", "log mean p", "nats per token", "perplexity")
     for text, r in zip(texts, results, strict=True):
         start = text[:30].replace("\n", " ").replace("[", "\\[")
-        numbers = (f"{r.any_order:.2f}", f"{r.importance_weighted:.2f}", f"{r.nats_per_token:.4f}", f"{r.perplexity:.2f}")
+        numbers = (
+            f"{r.any_order:.2f}",
+            f"{r.importance_weighted:.2f}",
+            f"{r.nats_per_token:.4f}",
+            f"{r.perplexity:.2f}",
+        )
         table.add_row(start, str(r.num_tokens), *numbers)
     show(table, dict, False)
     return 0

@@ -29,14 +29,19 @@ class Draw:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p = {self.top_p}: must lie above 0 and at most 1; 1 draws from all tokens")
         if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature = {self.temperature}: must be a number of at least 0; 0 takes the likeliest token")
+            raise ValueError(
+                f"temperature = {self.temperature}: must be a number of at least 0; 0 takes the likeliest token"
+            )
         if self.top_k < 0:
             raise ValueError(f"top_k = {self.top_k}: must be at least 1, or 0 to draw from all tokens")
         if not 0 < self.repetition_penalty < float("inf"):
             raise ValueError(f"repetition_penalty = {self.repetition_penalty}: must be a number above 0; 1 is off")
 
 
-def draw_tokens(logits: Tensor, raw: Tensor, draw: Draw = Draw(), held: Tensor | None = None) -> tuple[Tensor, Tensor]:
+DEFAULT = Draw()
+
+
+def draw_tokens(logits: Tensor, raw: Tensor, draw: Draw = DEFAULT, held: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Tokens (M,) drawn as `draw` says, and log-probabilities (M,) of them under the untouched logits.
 
     logits: (M, V) fp32 or fp64. raw: (M,) int64 random words, one for each draw. held: (M, K) ids that each row holds,
@@ -149,5 +154,3 @@ def _next_words(raw: Tensor) -> Tensor:
     x = (x ^ ((x >> 30) & (2**34 - 1))) * (0xBF58476D1CE4E5B9 - 2**64)
     x = (x ^ ((x >> 27) & (2**37 - 1))) * (0x94D049BB133111EB - 2**64)
     return x ^ ((x >> 31) & (2**33 - 1))
-
-

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from esolm_megatron.decoding.draw import Draw
+from esolm_megatron.decoding.draw import DEFAULT, Draw
 from esolm_megatron.objective.noise import alpha, uniforms, words
 from esolm_megatron.objective.order import random_order
 
@@ -89,7 +89,7 @@ class RowPlan:
     order: NDArray[np.int64]
     ks: list[int]
     raw: NDArray[np.int64]
-    draw: Draw = Draw()
+    draw: Draw = DEFAULT
     stop_id: int | None = None
 
 
@@ -101,7 +101,7 @@ def plan_rows(
     alpha_0: float,
     steps: int,
     seed: int = 0,
-    draw: Draw = Draw(),
+    draw: Draw = DEFAULT,
     prompt: Tensor | None = None,
     prompt_positions: Tensor | None = None,
     schedule: Schedule = "binomial",
@@ -133,8 +133,7 @@ def plan_rows(
     for i, row in enumerate(rows):
         ks = sizes(seed, "row", row) if shared is None else shared
         if wanted is None:
-            assert isinstance(order, str)
-            places = draw_orders(positions[i : i + 1], length, ks, order, range(row, row + 1), seed)[0]
+            places = draw_orders(positions[i : i + 1], length, ks, cast(Order, order), range(row, row + 1), seed)[0]
         else:
             places = wanted[i]
         raw = words(length, seed, "token", row).view(np.int64)

@@ -91,9 +91,7 @@ def decode_verified(
     return count
 
 
-def _feed(
-    model: EsoLM, cache: KVCache, fed: Tensor, order: Tensor, rows: list[_Row]
-) -> tuple[Tensor, list[Tensor]]:
+def _feed(model: EsoLM, cache: KVCache, fed: Tensor, order: Tensor, rows: list[_Row]) -> tuple[Tensor, list[Tensor]]:
     """One pass: logits of all masks, and for each row the indices among them of its groups' first masks."""
     length, columns, firsts, masks = fed.shape[1], [], [], 0
     for slot, row in enumerate(rows):
