@@ -305,14 +305,7 @@ def _checkpoint_problems(c: Any) -> Iterator[str]:
         )
 
 
-_CHECKS = (
-    _checkpoint_problems,
-    _model_problems,
-    _objective_problems,
-    _batch_problems,
-    layout_problems,
-    _schedule_problems,
-)
+_CHECKS = (_checkpoint_problems, _model_problems, _objective_problems, _batch_problems, layout_problems, _schedule_problems)
 
 
 def _field_problems(error: ValidationError) -> list[tuple[tuple[str, ...], str]]:
