@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 
 from esolm_megatron import __version__
-from esolm_megatron.commands import data, jobs, model, run
+from esolm_megatron.commands import data, generate, jobs, model, run
 from esolm_megatron.config import UserError
 
 
@@ -75,9 +75,17 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--to", choices=["model", "training", "reference"], default="model", help="what to make of it")
     made.add_argument("--check", action="store_true", help="compare a model's files with their hashes")
     fields(made, ", ".join(model.ConvertOptions.model_fields))
-    made = verb("sample", model.run_sample, "text from a converted model")
-    made.add_argument("path", metavar="MODEL", help="folder made by esolm convert")
-    fields(made, ", ".join(model.SampleOptions.model_fields))
+    for name, action, text, kind in (
+        ("sample", generate.run_sample, "text from a converted model", generate.SampleOptions),
+        ("score", generate.run_score, "exact log-likelihoods of given texts", generate.ScoreOptions),
+        ("serve", generate.run_serve, "a model over HTTP, for this machine by default", generate.ServeOptions),
+    ):
+        made = verb(name, action, text)
+        made.add_argument("path", metavar="MODEL", help="folder made by esolm convert")
+        fields(made, ", ".join(kind.model_fields))
+        if name == "sample":
+            made.add_argument("--watch", action="store_true", help="draw the texts in the terminal as they are written")
+            made.add_argument("--html", metavar="PAGE", help="write a page that plays how they were written")
     made = verb("doctor", run.run_doctor, "what this machine has, and what each missing part costs")
     made.add_argument(
         "--cluster", action="store_true", help="try all processes of torchrun, srun or --processes together"

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from esolm_megatron.config import ModelConfig
+from esolm_megatron.config import ConfigError, ModelConfig
 from esolm_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from esolm_megatron.decoding.plan import Order
 from esolm_megatron.model.pretrained import load_model, read_config
 from esolm_megatron.model.transformer import EsoLM
 from esolm_megatron.objective.likelihood import log_likelihood
-from esolm_megatron.sample import Order, Samples, Schedule, sample
+from esolm_megatron.sample import Samples, Watch, sample
 
 __all__ = ["PretrainedEsoLM", "Samples", "load_pretrained"]
 
@@ -73,21 +77,18 @@ class PretrainedEsoLM:
         steps: int | None = None,
         *,
         alpha_0: float | None = None,
-        top_p: float = 1.0,
-        temperature: float = 1.0,
-        seed: int = 0,
         prompt: Tensor | None = None,
         prompt_positions: Tensor | None = None,
-        schedule: Schedule = "binomial",
-        order: Order = "random",
+        order: Order | Tensor = "random",
+        watch: Watch | None = None,
         batch_size: int | None = None,
+        **options: Any,
     ) -> Samples:
         """(tokens (B, L) int64, log_probs (B, L)) as `Samples`, which also tells the order and the passes it took.
 
         steps: diffusion steps, one for each of the `length` places by default. alpha_0: share of tokens made by
-        diffusion, the trained value by default. prompt: (P,) or (B, P) ids at `prompt_positions` (the first P by
-        default), which are kept. batch_size: rows sampled at once, all by default; it does not change the samples.
-        The rest is told at `esolm_megatron.sample.sample`.
+        diffusion, the trained value by default. batch_size: rows sampled at once, all by default; it does not change
+        the samples. The rest, and `options`, are told at `esolm_megatron.sample.sample`.
 
         Raises:
             ValueError: an argument out of its range, said with the fix.
@@ -101,14 +102,12 @@ class PretrainedEsoLM:
                 length,
                 alpha_0=self.alpha_0 if alpha_0 is None else alpha_0,
                 steps=length if steps is None else steps,
-                top_p=top_p,
-                temperature=temperature,
-                seed=seed,
                 prompt=_rows_of("prompt", prompt, rows, num_samples),
                 prompt_positions=_rows_of("prompt_positions", prompt_positions, rows, num_samples),
-                schedule=schedule,
-                order=order,
+                order=order if isinstance(order, str) else _rows_of("order", order, rows, num_samples),  # type: ignore[arg-type]
+                watch=watch if watch is None or first == 0 else _shifted(watch, first),
                 first_row=first,
+                **options,
             )
 
         if batch_size is None:
@@ -117,8 +116,18 @@ class PretrainedEsoLM:
             raise ValueError(f"batch_size = {batch_size}: must be at least 1, or None for all rows at once")
         parts = [draw(first, min(batch_size, num_samples - first)) for first in range(0, num_samples, batch_size)]
         parts = parts or [draw(0, num_samples)]
-        tokens, log_probs, orders = (torch.cat(x) for x in zip(*((*p, p.order) for p in parts), strict=True))
-        return Samples(tokens, log_probs, orders, parts[0].ks)
+        tokens, log_probs, orders, saved = (
+            torch.cat(x) for x in zip(*((*p, p.order, p.saved) for p in parts), strict=True)
+        )
+        ks = parts[0].ks
+        if options.get("own_schedules"):
+            most = max(len(steps) for part in parts for steps in part.ks)
+            ks = [steps + [0] * (most - len(steps)) for part in parts for steps in part.ks]
+        return Samples(tokens, log_probs, orders, ks, max(p.num_forward_passes for p in parts), saved)
+
+
+def _shifted(watch: Watch, first: int) -> Watch:
+    return lambda count, rows, positions, tokens: watch(count, rows + first, positions, tokens)
 
 
 def _rows_of(name: str, values: Tensor | None, rows: slice, num_samples: int) -> Tensor | None:
@@ -145,3 +154,29 @@ def load_pretrained(
     info = read_config(folder)
     model = load_model(folder, dtype, device)
     return PretrainedEsoLM(model, info.alpha_0, Path(folder), cross_document=info.cross_document)
+
+
+HOLE = re.compile(r"\[\[(\d+)\]\]")
+
+
+def parse_infill(text: str, encode: Callable[[str], list[int]]) -> tuple[list[int], list[int], int]:
+    """Token ids, their positions and the whole length of a text with [[n]] holes.
+
+    Raises:
+        ConfigError: there is no hole.
+    """
+    parts = HOLE.split(text)
+    if len(parts) == 1:
+        raise ConfigError(f"infill = {text!r}: has no hole; write [[12]] for 12 tokens to be filled in")
+    ids: list[int] = []
+    positions: list[int] = []
+    length = 0
+    for index, part in enumerate(parts):
+        if index % 2:
+            length += int(part)
+            continue
+        new = encode(part) if part else []
+        ids += new
+        positions += range(length, length + len(new))
+        length += len(new)
+    return ids, positions, length

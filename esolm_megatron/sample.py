@@ -1,226 +1,174 @@
-"""KV-cached sampling: schedules, orders, exact draws, and the log-probability of what was drawn.
+"""KV-cached sampling: plans, exact draws, and the log-probability of what was drawn.
 
-The phases are pure functions. A schedule says how many places each step fills, an order says which, `decode` runs the
-network over the steps, and `draw_tokens` picks tokens. Random numbers are keyed by (seed, row, place): the same sample
-comes from every split of the rows into batches.
+`decoding/` has the parts: a plan says which places each pass fills, the decoder runs the network over the passes, and
+`draw_tokens` picks tokens. Here they are put together, for all rows at once (`sample`) or for rows that come and go
+(`Sampler`). Random numbers are keyed by (seed, row, place): the same sample comes from every split of the rows into
+batches.
 
-Shapes: B rows, L places, S steps, M masks of a step, V vocabulary.
+Shapes: B rows, L places, S passes, M masks of a pass, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from esolm_megatron.model.cache import KVCache
+from esolm_megatron.decoding.decoder import Decoder, decode
+from esolm_megatron.decoding.draw import Draw, draw_tokens
+from esolm_megatron.decoding.plan import Order, RowPlan, Schedule, plan_rows
+from esolm_megatron.decoding.verified import decode_verified
 from esolm_megatron.model.transformer import EsoLM
 from esolm_megatron.objective.likelihood import check_rows
-from esolm_megatron.objective.noise import alpha, uniforms, words
-from esolm_megatron.objective.order import random_order
 
-Schedule = Literal["binomial", "uniform"]
-"""binomial: the ancestral sampler of the paper. uniform: equally many places in each diffusion step."""
-Order = Literal["random", "left_to_right", "block_distant"]
-"""Places of the diffusion steps: random, from the left, or random ones of which a step takes those farthest apart."""
-Choose = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(logits (M, V), rows (M,), places (M,)) -> (M,) int64 tokens to put there."""
-
-
-_BLOCK = 256
+Watch = Callable[[int, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]], None]
+"""Called after each pass: (pass, rows (M,), positions (M,), tokens (M,)) of what it filled."""
+_DRAWN_AT_ONCE = 2**28  # logits; more are drawn in parts, so that the draw needs little memory next to them
 
 
 class Samples(tuple[Tensor, Tensor]):
     """(tokens (B, L) int64, log_probs (B, L)), with how they were made.
 
-    log_probs: log-probability of each drawn token under the untempered model (temperature and top_p aside), given what
-    its step saw; 0 at prompt positions. A row's sum is the exact log p of the row under its order and this schedule.
-    order: (B, L) int64, the position generated k-th, the prompt's first. ks: places filled by each step.
+    log_probs: log-probability of each drawn token under the untempered model (temperature, top_p and so on aside), given
+    what its pass saw; 0 at prompt positions. A row's sum is the exact log p of the row under its order and schedule.
+    order: (B, L) int64, the position generated k-th, the prompt's first. ks: places filled by each pass; with schedules
+    of their own a list for each row, ended by zeros. num_forward_passes: passes through the network, each over a few
+    places of every row. saved: (B,) int64, places that were not generated because the row's text had ended before them.
     """
 
     order: Tensor
-    ks: list[int]
+    ks: list[Any]
+    num_forward_passes: int
+    saved: Tensor
 
-    def __new__(cls, tokens: Tensor, log_probs: Tensor, order: Tensor, ks: Sequence[int]) -> Samples:
+    def __new__(
+        cls,
+        tokens: Tensor,
+        log_probs: Tensor,
+        order: Tensor,
+        ks: Sequence[Any],
+        num_forward_passes: int | None = None,
+        saved: Tensor | None = None,
+    ) -> Samples:
         """The two tensors as the tuple, the rest as attributes."""
         samples = super().__new__(cls, (tokens, log_probs))
         samples.order, samples.ks = order, list(ks)
+        samples.num_forward_passes = len(samples.ks) if num_forward_passes is None else num_forward_passes
+        samples.saved = torch.zeros(len(tokens), dtype=torch.int64) if saved is None else saved
         return samples
 
-    def __getnewargs__(self) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-        return self[0], self[1], self.order, self.ks
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return self[0], self[1], self.order, self.ks, self.num_forward_passes, self.saved
+
+
+class Filled(NamedTuple):
+    """What a pass has made: rows (M,), positions (M,), tokens (M,), and the rows that are done now."""
+
+    rows: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+    done: list[int]
+
+
+class Sampler:
+    """Rows that are sampled together, each with its own length, order, pace and way of drawing; they come and go.
+
+    `add` a plan while `free` has rows, call `step` until the row is among those done, read its `result`, and `release`
+    it. fed, log_probs: (R, L), in the generation order. saved: (R,) as in `Samples`.
+    """
+
+    def __init__(self, model: EsoLM, num_rows: int, num_places: int):
+        device = model.embedding.weight.device
+        self.fed = torch.full((num_rows, num_places), model.shape.mask_id, device=device)
+        self.order, self.raw = (torch.zeros_like(self.fed) for _ in range(2))
+        self.log_probs = torch.zeros(num_rows, num_places, dtype=_wide(model), device=device)
+        self.mask_id, self.decoder = model.shape.mask_id, Decoder(model, self.fed, self.order)
+        self.plans: dict[int, RowPlan] = {}
+        self.free = list(range(num_rows))[::-1]
+        self.saved, self.ended_at = np.zeros(num_rows, np.int64), np.full(num_rows, num_places)
 
     @property
-    def num_forward_passes(self) -> int:
-        """Passes through the network, each over a few places of every row."""
-        return len(self.ks)
+    def busy(self) -> bool:
+        """Whether a row has passes left."""
+        return len(self.decoder.rows) > 0
 
+    def add(self, plan: RowPlan) -> int:
+        """Take a row in; returns its id."""
+        row, length, num_given = self.free.pop(), len(plan.order), len(plan.given)
+        self.plans[row] = plan
+        self.fed[row] = self.mask_id
+        self.fed[row, :num_given] = torch.from_numpy(plan.given)
+        self.order[row, :length] = torch.from_numpy(plan.order)
+        self.raw[row, :length] = torch.from_numpy(plan.raw)
+        self.log_probs[row] = 0
+        self.saved[row], self.ended_at[row] = 0, self.fed.shape[1]
+        self.decoder.add(row, plan.ks, num_given)
+        return row
 
-def binomial_schedule(num_places: int, alpha_0: float, steps: int, *key: int | str, epsilon: float = 1e-3) -> list[int]:
-    """Places that each diffusion step fills, empty steps left out; what is missing to `num_places` is sequential.
+    def release(self, row: int) -> None:
+        """Let another row have this one's memory; a row that is not done is given up."""
+        if row in self.decoder.rows:
+            self.decoder.remove(row)
+        del self.plans[row]
+        self.free.append(row)
 
-    With time falling from 1 to 0 in `steps` equal steps, a place still masked at t is filled on the way to s with
-    probability (alpha(s) - alpha(t)) / (1 - alpha(t)). Products of what survives telescope, so a place's step is found
-    from one uniform number. At alpha_0 = 1 nothing is left over.
-    """
-    clean = alpha(1 - np.arange(steps + 1) / steps, alpha_0, epsilon)
-    filled_by = (clean[1:] - clean[0]) / (1 - clean[0])
-    step = np.searchsorted(filled_by, uniforms(words(num_places, *key, "schedule")), side="right")
-    counts = np.bincount(step, minlength=steps + 1)[:steps]
-    return [int(k) for k in counts if k]
+    def result(self, row: int) -> tuple[Tensor, Tensor]:
+        """Tokens (L,) and log-probabilities (L,) of a row, by position."""
+        length = len(self.plans[row].order)
+        order = self.order[row, :length]
+        return tuple(_by_position(x[row, :length], order) for x in (self.fed, self.log_probs))  # type: ignore[return-value]
 
+    def step(self, watched: bool = True) -> Filled | None:
+        """One pass over all rows. Without `watched`, and where no row can stop early, nothing is read back: None."""
+        before = self.decoder.rows.copy()
+        rows, places = self.decoder.step(self._choose)
+        stopping = any(self.plans[row].stop_id is not None for row in before.tolist())
+        if not watched and not stopping:
+            return None
+        at = torch.from_numpy(rows).to(self.fed.device), torch.from_numpy(places).to(self.fed.device)
+        tokens, positions = (x[at].cpu().numpy() for x in (self.fed, self.order))
+        if stopping:
+            self._stop(rows, positions, tokens)
+        done = [row for row in before.tolist() if row not in self.decoder.rows]
+        return Filled(rows, positions, tokens, done)
 
-def uniform_schedule(num_places: int, alpha_0: float, steps: int) -> list[int]:
-    """round(alpha_0 num_places) places over `steps` diffusion steps, or one a step if they are fewer than the steps.
+    def _choose(self, logits: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+        draws = {row: self.plans[row].draw for row in self.decoder.rows.tolist()}
+        kinds = list(dict.fromkeys(draws.values()))
+        tokens = torch.empty_like(places)
+        at_once = max(1, _DRAWN_AT_ONCE // logits.shape[1])
+        for kind in kinds:
+            mine = torch.arange(len(rows), device=rows.device)
+            if len(kinds) > 1:
+                mine = torch.tensor([draws[row] == kind for row in rows.tolist()], device=rows.device).nonzero()[:, 0]
+            for part in mine.split(at_once):
+                at = rows[part], places[part]
+                held = self.fed[at[0]] if kind.repetition_penalty != 1 else None
+                some = logits if len(part) == len(rows) else logits[part]
+                tokens[part], self.log_probs[at] = draw_tokens(some, self.raw[at], kind, held)
+        return tokens
 
-    Sizes differ by one at most, larger ones first; what is missing to `num_places` is sequential.
-    """
-    return [len(part) for part in np.array_split(np.arange(round(alpha_0 * num_places)), steps) if len(part)]
-
-
-def draw_orders(
-    prompt_positions: NDArray[np.int64], length: int, ks: Sequence[int], order: Order, rows: range, *key: int | str
-) -> NDArray[np.int64]:
-    """Generation orders (B, L): prompt positions (B, P) as given, diffusion places as `order` says, the rest from the left.
-
-    ks: places of the diffusion steps. rows: B ids, which with `key` name the random numbers.
-    """
-    free = np.ones((len(rows), length), bool)
-    np.put_along_axis(free, prompt_positions, False, axis=1)
-    num_free = length - prompt_positions.shape[1]
-    from_left = np.argsort(~free, axis=1, kind="stable")[:, :num_free]
-    if order == "left_to_right":
-        return np.concatenate([prompt_positions, from_left], axis=1)
-    raw = np.stack([words(length, *key, "sampling order", row) for row in rows])
-    shuffled = random_order(np.take_along_axis(raw, from_left, 1))
-    diffusion, rest = np.split(shuffled, [sum(ks)], axis=1)
-    if order == "block_distant":
-        diffusion = np.sort(diffusion, axis=1)
-        diffusion = np.concatenate([diffusion[:, step :: len(ks)] for step in range(len(ks))] or [diffusion], axis=1)
-    places = np.concatenate([diffusion, np.sort(rest, axis=1)], axis=1)
-    return np.concatenate([prompt_positions, np.take_along_axis(from_left, places, 1)], axis=1)
+    def _stop(self, rows: NDArray[np.int64], positions: NDArray[np.int64], tokens: NDArray[np.int64]) -> None:
+        """End the rows whose places before the first end-of-text are all filled: what is left would be cut off."""
+        stop_ids = np.array([self.plans[row].stop_id if self.plans[row].stop_id is not None else -1 for row in rows])
+        ends = tokens == stop_ids
+        np.minimum.at(self.ended_at, rows[ends], positions[ends])
+        for row in {row for row in rows.tolist() if self.ended_at[row] < self.fed.shape[1]}:
+            plan, known = self.plans[row], int(self.decoder.known[row])
+            left = plan.order[known:]
+            if (left > self.ended_at[row]).all():
+                assert plan.stop_id is not None
+                self.fed[row, known : len(plan.order)] = plan.stop_id
+                self.saved[row] = len(left)
+                if len(left):
+                    self.decoder.remove(row)
 
 
 @torch.inference_mode()
-def decode(model: EsoLM, fed: Tensor, order: Tensor, ks: ArrayLike, choose: Choose, *, num_given: int = 0) -> None:
-    """Fill `fed` in place, step by step, through the KV cache.
-
-    fed: (B, L) int64 *in the generation order*; its first `num_given` places are known, the others are overwritten by
-    what `choose` returns. order: (B, L). ks: (S,), or (B, S) for a schedule of its own in each row, places per step.
-    """
-    counts = torch.from_numpy(np.array(np.broadcast_to(ks, (len(fed), np.shape(ks)[-1])), dtype=np.int64))
-    batch, length = fed.shape
-    cache = KVCache(model.shape, batch, length, model.embedding.weight.dtype, fed.device)
-    num_tokens = torch.full((batch,), num_given)
-    for num_masks in counts[:, counts.any(0)].unbind(1):
-        last = num_tokens + num_masks
-        num_fed = int(last.max())
-        slots = cache.begin_step(num_fed)
-        index = torch.arange(num_fed)
-        is_mask = (index >= num_tokens[:, None]) & (index < last[:, None])
-        rows, columns = is_mask.nonzero(as_tuple=True)
-        places = slots[rows, columns]
-        device = fed.device
-        slots = slots.clamp(max=length - 1).to(device)  # padding may be any token
-        tokens = fed.gather(1, slots).masked_fill_(is_mask.to(device), model.shape.mask_id)
-        logits = model(
-            tokens.flatten(),
-            order.gather(1, slots).flatten(),
-            cache,
-            places=(rows * num_fed + columns).to(device),
-        )
-        rows, places = rows.to(device), places.to(device)
-        fed[rows, places] = choose(logits, rows, places)
-        cache.end_step(num_tokens)
-        num_tokens = num_masks
-
-
-def draw_tokens(logits: Tensor, raw: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Tokens (M,) drawn from softmax(logits / temperature), and log-probabilities (M,) of them at temperature 1.
-
-    logits: (M, V) fp32 or fp64. raw: (M,) int64 random words, one for each draw. temperature 0 takes the likeliest token.
-    top_p: draw from the smallest set of likeliest tokens that holds this probability, after the temperature; of
-    equally likely tokens all or none belong to it.
-    """
-    highest = logits.amax(-1, keepdim=True)
-    vocab = logits.shape[1]
-    weights = logits.new_zeros(len(logits), -(-vocab // _BLOCK), _BLOCK)
-    flat = weights.flatten(1)[:, :vocab]
-    if temperature == 0:
-        flat.copy_(logits == highest)
-    else:
-        torch.sub(logits, highest, out=flat)
-        flat.div_(temperature).exp_() if temperature != 1 else flat.exp_()
-    by_block = _cumulative(weights)
-    total = by_block[:, -1]
-    tokens = _inverse_cdf(weights, by_block, raw)
-    if top_p < 1:
-        _into_nucleus(tokens, weights, raw, total * top_p)
-    tokens.clamp_(max=vocab - 1)  # only logits that are no numbers get there
-    normaliser = (highest[:, 0].double() + total.log()).to(logits.dtype)
-    if temperature != 1:
-        normaliser = logits.logsumexp(-1)
-    return tokens, logits.gather(1, tokens[:, None])[:, 0] - normaliser
-
-
-def _cumulative(weights: Tensor) -> Tensor:
-    """Running sums over the blocks (M, blocks) fp64; within a block the weights' own type is precise enough."""
-    return weights.sum(-1).double().cumsum(-1)
-
-
-def _inverse_cdf(weights: Tensor, by_block: Tensor, raw: Tensor) -> Tensor:
-    """Index (M,) drawn in proportion to `weights` (M, blocks, width): first its block, then the token in it.
-
-    by_block: their running sums. An index of weight zero is never drawn.
-    """
-    uniform = ((raw >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
-    target = uniform * by_block[:, -1]
-    block = _first_above(by_block, target)
-    before = by_block.gather(1, (block - 1).clamp(min=0)[:, None])[:, 0].masked_fill(block == 0, 0.0)
-    within = weights[torch.arange(len(block), device=block.device), block].double().cumsum(-1)
-    return block * weights.shape[2] + _first_above(within, target - before)
-
-
-def _first_above(cumulative: Tensor, target: Tensor) -> Tensor:
-    """First place (M,) where a cumulative sum (M, K) exceeds the target; rounding never lets it pass the last increase."""
-    total = cumulative[:, -1]
-    target = torch.minimum(target.clamp(min=0), torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0].clamp(max=cumulative.shape[1] - 1)
-
-
-def _into_nucleus(tokens: Tensor, weights: Tensor, raw: Tensor, enough: Tensor) -> None:
-    """Draw `tokens` (M,) again, in place, where they are not among the likeliest that together weigh `enough` (M,).
-
-    A token is outside if strictly likelier ones weigh enough already; then the next draw is among those likelier ones,
-    which hold the whole nucleus. So what is accepted has the distribution restricted to the nucleus, exactly, and
-    nothing is sorted.
-    """
-    left, drawn = torch.arange(len(tokens), device=tokens.device), tokens
-    while True:
-        chosen = weights.flatten(1).gather(1, drawn[:, None])[..., None]
-        likelier = torch.where(weights > chosen, weights, 0)
-        by_block = _cumulative(likelier)
-        outside = by_block[:, -1] >= enough
-        if not outside.any():
-            return
-        left, enough, raw = left[outside], enough[outside], _next_words(raw[outside])
-        weights = likelier[outside]
-        drawn = _inverse_cdf(weights, by_block[outside], raw)
-        tokens[left] = drawn
-
-
-def _next_words(raw: Tensor) -> Tensor:
-    """The random word (M,) int64 after each word: one step of splitmix64, whose shifts must not keep the sign."""
-    x = raw + (0x9E3779B97F4A7C15 - 2**64)
-    x = (x ^ ((x >> 30) & (2**34 - 1))) * (0xBF58476D1CE4E5B9 - 2**64)
-    x = (x ^ ((x >> 27) & (2**37 - 1))) * (0x94D049BB133111EB - 2**64)
-    return x ^ ((x >> 31) & (2**33 - 1))
-
-
 def sample(
     model: EsoLM,
     num_samples: int,
@@ -230,48 +178,81 @@ def sample(
     steps: int,
     top_p: float = 1.0,
     temperature: float = 1.0,
+    top_k: int = 0,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
     prompt: Tensor | None = None,
     prompt_positions: Tensor | None = None,
     schedule: Schedule = "binomial",
-    order: Order = "random",
+    order: Order | Tensor = "random",
+    own_schedules: bool = False,
+    stop_id: int | None = None,
+    propose: int = 1,
+    passes: int = 1,
+    watch: Watch | None = None,
     first_row: int = 0,
 ) -> Samples:
     """Sequences drawn from the model, with their log-probabilities.
 
-    steps: diffusion steps T; the 1 - alpha_0 of the places that they leave are filled from the left, one a step.
+    steps: diffusion steps T; the 1 - alpha_0 of the places that they leave are filled from the left, one a pass.
     prompt: (P,) or (B, P) ids at `prompt_positions`, (P,) or (B, P), by default the first P; it comes first in the
-    order, as given. order "left_to_right" fills the diffusion steps' places from the left too. first_row: id of the
+    order, as given. order: a kind, of which "left_to_right" fills the diffusion steps' places from the left too; or
+    positions (L,) or (B, L), each once, which the steps take one after the other, the prompt's first. own_schedules: a
+    schedule drawn for each row; by default the rows share one. stop_id: id of end-of-text; a row ends once every place
+    before the first one drawn is filled, the places left are given the same id, and the text up to there is the one
+    that a full row would have. top_p, temperature, top_k, repetition_penalty: see `Draw`. propose: with the
+    first-hitting schedule, tokens that are proposed at once and verified in the next pass (`passes` = 1), or in one of
+    its own (2); the distribution stays that of one token a pass. watch: called after each pass. first_row: id of the
     first sample, for batches that together are one call. Tokens and numbers are on the model's device.
 
     Raises:
         ValueError: an argument out of its range, said with the fix; or logits that are not numbers.
     """
-    _check_numbers(num_samples, length, alpha_0, steps, top_p, temperature, schedule, order)
-    given, positions = _check_prompt(prompt, prompt_positions, num_samples, length, model.shape.mask_id)
-    device = model.embedding.weight.device
-    num_given = given.shape[1]
-    num_free, rows = length - num_given, range(first_row, first_row + num_samples)
-    if schedule == "binomial":
-        ks = binomial_schedule(num_free, alpha_0, steps, seed)
-    else:
-        ks = uniform_schedule(num_free, alpha_0, steps)
-    order_BL = torch.from_numpy(draw_orders(positions, length, ks, order, rows, seed)).to(device)
-    ks = ks + [1] * (num_free - sum(ks))
-    raw_words = np.stack([words(length, seed, "token", row) for row in rows]).view(np.int64)
-    raw = torch.from_numpy(raw_words).to(device)
-    fed = torch.full((num_samples, length), model.shape.mask_id, device=device)
-    fed[:, :num_given] = torch.from_numpy(given).to(device)
-    log_probs = torch.zeros(num_samples, length, dtype=_wide(model), device=device)
-
-    def choose(logits: Tensor, rows: Tensor, places: Tensor) -> Tensor:
-        tokens, log_probs[rows, places] = draw_tokens(logits, raw[rows, places], temperature, top_p)
-        return tokens
-
-    decode(model, fed, order_BL, ks, choose, num_given=num_given)
-    if not bool(log_probs.isfinite().all()):
+    draw = Draw(temperature, top_p, top_k, repetition_penalty)
+    plans = plan_rows(
+        range(first_row, first_row + num_samples), length, mask_id=model.shape.mask_id, alpha_0=alpha_0, steps=steps,
+        seed=seed, draw=draw, prompt=prompt, prompt_positions=prompt_positions, schedule=schedule, order=order,
+        own_schedules=own_schedules, stop_id=stop_id,
+    )  # fmt: skip
+    sampler, count = Sampler(model, num_samples, length), 0
+    for plan in plans:
+        sampler.add(plan)
+    _check_proposals(propose, passes, schedule, draw, stop_id)
+    if propose > 1:
+        count = decode_verified(
+            model, sampler.fed, sampler.order, sampler.log_probs, num_given=len(plans[0].given), propose=propose,
+            passes=passes, draw=draw, key=(seed,), first_row=first_row, watch=watch,
+        )  # fmt: skip
+    while propose == 1 and sampler.busy:
+        filled = sampler.step(watched=watch is not None)
+        if watch is not None and filled is not None:
+            watch(count, *filled[:3])
+        count += 1
+    if not bool(sampler.log_probs.isfinite().all()):
         raise ValueError("the model's logits are not finite numbers: check its weights, or load it in a wider dtype")
-    return Samples(_by_position(fed, order_BL), _by_position(log_probs, order_BL), order_BL, ks)
+    order_BL = torch.from_numpy(np.stack([plan.order for plan in plans])).to(sampler.order.device)
+    ks: list[Any] = plans[0].ks
+    if own_schedules:
+        most = max(len(plan.ks) for plan in plans)
+        ks = [plan.ks + [0] * (most - len(plan.ks)) for plan in plans]
+    saved = torch.from_numpy(sampler.saved)
+    return Samples(
+        _by_position(sampler.fed, order_BL), _by_position(sampler.log_probs, order_BL), order_BL, ks, count, saved
+    )
+
+
+def _check_proposals(propose: int, passes: int, schedule: Schedule, draw: Draw, stop_id: int | None) -> None:
+    if propose < 1 or passes not in (1, 2):
+        raise ValueError(f"propose = {propose}, passes = {passes}: propose at least 1 token, verified in 1 or 2 passes")
+    if propose == 1:
+        return
+    if schedule != "first_hitting":
+        raise ValueError(
+            f"schedule = {schedule!r}: verified proposals have the distribution of one token a pass; use "
+            "schedule='first_hitting', or propose=1"
+        )
+    if draw.repetition_penalty != 1 or stop_id is not None:
+        raise ValueError(f"propose = {propose}: cannot be combined with repetition_penalty and stop_id; use propose=1")
 
 
 def _wide(model: EsoLM) -> torch.dtype:
@@ -279,7 +260,7 @@ def _wide(model: EsoLM) -> torch.dtype:
 
 
 def _by_position(in_order: Tensor, order: Tensor) -> Tensor:
-    return torch.empty_like(in_order).scatter_(1, order, in_order)
+    return torch.empty_like(in_order).scatter_(-1, order, in_order)
 
 
 def schedule_log_probs(model: EsoLM, tokens: Tensor, order: Tensor, ks: ArrayLike, *, num_given: int = 0) -> Tensor:
@@ -316,71 +297,3 @@ def schedule_log_likelihood(
 ) -> Tensor:
     """log p(tokens | order, schedule) of each row, exact, through the cached path: (B,). See `schedule_log_probs`."""
     return schedule_log_probs(model, tokens, order, ks, num_given=num_given).sum(1)
-
-
-def _check_numbers(
-    num_samples: int,
-    length: int,
-    alpha_0: float,
-    steps: int,
-    top_p: float,
-    temperature: float,
-    schedule: str,
-    order: str,
-) -> None:
-    for name, count in (("num_samples", num_samples), ("length", length), ("steps", steps)):
-        if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 1:
-            raise ValueError(f"{name} = {count!r}: must be a whole number of at least 1")
-    if not 0 <= alpha_0 <= 1:
-        raise ValueError(f"alpha_0 = {alpha_0}: must lie in 0 (left to right only) to 1 (diffusion only)")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p = {top_p}: must lie above 0 and at most 1; 1 draws from all tokens")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature = {temperature}: must be a number of at least 0; 0 takes the likeliest token")
-    for name, value, known in (("schedule", schedule, get_args(Schedule)), ("order", order, get_args(Order))):
-        if value not in known:
-            raise ValueError(f"{name} = {value!r}: must be one of {', '.join(known)}")
-    if order == "block_distant" and schedule != "uniform":
-        raise ValueError(
-            f"schedule = {schedule!r}: order='block_distant' needs steps of one size; use schedule='uniform'"
-        )
-
-
-def _check_prompt(
-    prompt: Tensor | None, prompt_positions: Tensor | None, num_samples: int, length: int, mask_id: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Prompt ids and positions, each (B, P) int64; P = 0 without a prompt."""
-    if prompt is None:
-        if prompt_positions is not None:
-            raise ValueError("prompt_positions: given without a prompt; give both, or neither")
-        return np.empty((num_samples, 0), np.int64), np.empty((num_samples, 0), np.int64)
-    ids = _integer_rows("prompt", prompt, num_samples)
-    if prompt_positions is None:
-        prompt_positions = torch.arange(ids.shape[1])
-    positions = _integer_rows("prompt_positions", prompt_positions, num_samples)
-    if ids.shape != positions.shape:
-        raise ValueError(
-            f"prompt_positions: {positions.shape[1]} positions for {ids.shape[1]} prompt tokens; give one for each token"
-        )
-    if ids.size and not 0 <= ids.min() <= ids.max() < mask_id:
-        raise ValueError(f"prompt: ids must lie in 0 to {mask_id - 1}, found {ids.min()} to {ids.max()}")
-    if positions.size and not 0 <= positions.min() <= positions.max() < length:
-        raise ValueError(
-            f"prompt_positions: must lie in 0 to {length - 1}, found {positions.min()} to {positions.max()}; "
-            "shorten the prompt or raise length"
-        )
-    in_order = np.sort(positions, axis=1)
-    if (in_order[:, 1:] == in_order[:, :-1]).any():
-        raise ValueError("prompt_positions: a position is given twice in one row; give each prompt token its own")
-    return ids, positions
-
-
-def _integer_rows(name: str, values: Tensor, num_samples: int) -> NDArray[np.int64]:
-    array = torch.as_tensor(values).detach().cpu()
-    if array.numel() and (array.is_floating_point() or array.is_complex() or array.dtype == torch.bool):
-        raise ValueError(f"{name}: must hold integers, found {array.dtype}")
-    if array.dim() == 1:
-        array = array.expand(num_samples, -1)
-    if array.dim() != 2 or len(array) != num_samples:
-        raise ValueError(f"{name}: shape {tuple(array.shape)} must be (P,) or (num_samples = {num_samples}, P)")
-    return array.to(torch.int64).numpy().copy()

@@ -12,8 +12,8 @@ import yaml
 
 from esolm_megatron import load_pretrained
 from esolm_megatron.cli import main
-from esolm_megatron.commands.model import parse_infill
 from esolm_megatron.config import ConfigError
+from esolm_megatron.inference import parse_infill
 
 pytestmark = pytest.mark.end_to_end
 SOURCE = Path(__file__).parents[1] / "esolm_megatron"

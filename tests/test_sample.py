@@ -12,23 +12,16 @@ from parity import MASK, MODERN, Reference, fixture_path, load_case, metadata, r
 
 from esolm_megatron import load_pretrained
 from esolm_megatron.data.tokenizer import load_tokenizer
+from esolm_megatron.decoding.decoder import decode
+from esolm_megatron.decoding.draw import Draw, _first_above, draw_tokens
+from esolm_megatron.decoding.plan import binomial_schedule, draw_orders, uniform_schedule
 from esolm_megatron.inference import PretrainedEsoLM
 from esolm_megatron.model.attention import PackedAttention, PackedLayout
 from esolm_megatron.model.cache import KVCache
 from esolm_megatron.model.pretrained import save_model
 from esolm_megatron.objective.likelihood import log_likelihood
 from esolm_megatron.objective.noise import alpha, words
-from esolm_megatron.sample import (
-    _first_above,
-    binomial_schedule,
-    decode,
-    draw_orders,
-    draw_tokens,
-    sample,
-    schedule_log_likelihood,
-    schedule_log_probs,
-    uniform_schedule,
-)
+from esolm_megatron.sample import sample, schedule_log_likelihood, schedule_log_probs
 
 SHAPES = {
     "reference": {},
@@ -118,7 +111,7 @@ def test_cached_equals_uncached(shape, ks, num_given):
     tokens, order = random_rows(model, 4, 13)
     done = torch.full((4,), num_given)
     steps = logits_of_steps(model, tokens, order, ks, num_given)
-    assert len(steps) == np.atleast_2d(ks).any(0).sum(), "empty steps cost no pass"
+    assert len(steps) == np.count_nonzero(np.atleast_2d(ks), axis=1).max(), "a row's empty steps cost no pass"
     for rows, places, logits in steps:
         for row in range(4):
             mine = rows == row
@@ -134,25 +127,29 @@ def test_cached_equals_uncached(shape, ks, num_given):
 def test_cache_keeps_its_memory_and_no_mask():
     """What a step leaves behind is the tokens' keys, in the memory that was there from the start."""
     model = random_model()
-    cache = KVCache(model.shape, 2, 7, torch.float64, "cpu")
+    cache = KVCache(model.shape, 2, 7, torch.float64, torch.device("cpu"))
     start = cache.keys.data_ptr()
     generator = torch.Generator().manual_seed(0)
-    fed = {}
-    for num_fed, num_tokens in ((3, [1, 2]), (4, [2, 3]), (3, [1, 2])):
-        slots = cache.begin_step(num_fed)
-        k = torch.randn(2, num_fed, 3, 12, generator=generator, dtype=torch.float64)
+    written, lengths = {}, [0, 0]
+    for num_fed, num_tokens in (([3, 2], [1, 2]), ([2, 4], [2, 3]), ([3, 2], [1, 2])):
+        rows = torch.repeat_interleave(torch.arange(2), torch.tensor(num_fed))
+        slots = torch.cat([torch.arange(a, a + n) for a, n in zip(lengths, num_fed, strict=True)])
+        cache.begin_step(rows, slots)
+        k = torch.randn(len(rows), 3, 12, generator=generator, dtype=torch.float64)
         q, v = torch.randn(2, *k.shape, generator=generator, dtype=torch.float64)
-        cache(1, q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
-        for row in range(2):
-            for i in range(num_tokens[row]):
-                fed[row, int(slots[row, i])] = k[row, i]
-        cache.end_step(torch.tensor(num_tokens))
-    assert cache.lengths.tolist() == [4, 7]
+        cache(1, q, k, v)
+        for row, slot, key in zip(rows.tolist(), slots.tolist(), k, strict=True):
+            if slot < lengths[row] + num_tokens[row]:
+                written[row, slot] = key
+        lengths = [a + n for a, n in zip(lengths, num_tokens, strict=True)]
+    assert lengths == [4, 7]
     assert cache.keys.data_ptr() == start
-    assert len(fed) == 11
-    for (row, slot), key in fed.items():
-        assert torch.equal(cache.keys[1, row, slot], key)
+    assert len(written) == 11
+    for (row, slot), key in written.items():
+        assert torch.equal(cache.keys[1, row, :, slot], key)
     assert not cache.keys[0].any(), "another layer's memory was written"
+    cache.move(1, 0, 7)
+    assert torch.equal(cache.values[:, 0, :, :7], cache.values[:, 1, :, :7])
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.3)])
@@ -288,7 +285,7 @@ def test_draws_follow_temperature_and_nucleus(vocab, temperature, top_p):
     ranked, index = p.sort(descending=True)
     p[index[ranked.cumsum(0) - ranked >= top_p]] = 0
     rows = logits.float().expand(40000, -1)
-    tokens, log_probs = draw_tokens(rows, raw_words(40000, "draw", vocab), temperature, top_p)
+    tokens, log_probs = draw_tokens(rows, raw_words(40000, "draw", vocab), Draw(temperature, top_p))
     chi_square_is_fine(torch.bincount(tokens, minlength=vocab), p / p.sum())
     close(log_probs.double(), logits.log_softmax(0)[tokens], 1e-6)
 
@@ -302,9 +299,9 @@ def test_nucleus_keeps_or_drops_equal_tokens_together():
         (0.88, {0, 1, 2, 3, 4}),
         (1.0, {0, 1, 2, 3, 4}),
     ):
-        tokens, _ = draw_tokens(p.log().expand(4000, -1), raw_words(4000, top_p), 1.0, top_p)
+        tokens, _ = draw_tokens(p.log().expand(4000, -1), raw_words(4000, top_p), Draw(top_p=top_p))
         assert set(tokens.tolist()) == kept, top_p
-    tokens, _ = draw_tokens(p.log().expand(100, -1), raw_words(100, 1), 0.0)
+    tokens, _ = draw_tokens(p.log().expand(100, -1), raw_words(100, 1), Draw(temperature=0.0))
     assert set(tokens.tolist()) == {2}
 
 

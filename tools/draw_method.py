@@ -2,7 +2,7 @@
 
     python tools/draw_method.py [PICTURE.png]
 
-Orders, masks and packed rows come from objective.esolm, sampling from sample.decode. What sees what is measured: with
+Orders, masks and packed rows come from objective.esolm, sampling from decoding.decoder. What sees what is measured: with
 queries and keys of zero every visible key gets the same weight, and values that name their token show which those are.
 """
 
@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from esolm_megatron.config import ModelConfig, ObjectiveConfig
+from esolm_megatron.decoding.decoder import decode
+from esolm_megatron.decoding.plan import binomial_schedule
+from esolm_megatron.decoding.plan import draw_orders as sampling_orders
 from esolm_megatron.objective.esolm import draw_diffusion, draw_sequential, pack
-from esolm_megatron.sample import binomial_schedule, decode
-from esolm_megatron.sample import draw_orders as sampling_orders
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

@@ -1,10 +1,8 @@
-"""What is done with trained models: `esolm convert`, `esolm eval`, `esolm sample`."""
+"""What is done with trained models: `esolm convert` and `esolm eval`."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,31 +12,6 @@ from rich.progress import Progress
 
 from esolm_megatron.commands import options, show
 from esolm_megatron.config import ConfigError, Section
-
-
-class SampleOptions(Section):
-    """Fields of `esolm sample`."""
-
-    num_samples: int = Field(4, ge=1)
-    """Texts to generate."""
-    length: int | None = Field(None, ge=1)
-    """Tokens in each; null means the trained length, or that of `infill`."""
-    steps: int | None = Field(None, ge=1)
-    """Diffusion steps; null means one for each token."""
-    alpha_0: float | None = Field(None, ge=0, le=1)
-    """Share of tokens made by diffusion; null means the trained value."""
-    top_p: float = Field(1.0, gt=0, le=1)
-    """Nucleus that tokens are drawn from."""
-    temperature: float = Field(1.0, gt=0)
-    """Sharpness of the draw; below 1 is sharper."""
-    seed: int = Field(0, ge=0)
-    """Seed of orders and tokens."""
-    prompt: str | None = None
-    """Text that each sample starts with."""
-    infill: str | None = None
-    """Text with holes: [[12]] is a hole of 12 tokens."""
-    schedule: str = Field("binomial", pattern="^(binomial|uniform)$")
-    """How many tokens each diffusion step makes."""
 
 
 class EvalOptions(Section):
@@ -188,75 +161,4 @@ def run_eval(args: argparse.Namespace) -> int:
     show(evaluate.table(result), lambda: facts, args.json)
     if not args.json:
         Console().print(f"entropy of the tokens' frequencies: {unigram:.3f} nats per token")
-    return 0
-
-
-HOLE = re.compile(r"\[\[(\d+)\]\]")
-
-
-def parse_infill(text: str, encode: Callable[[str], list[int]]) -> tuple[list[int], list[int], int]:
-    """Token ids, their positions and the whole length of a text with [[n]] holes.
-
-    Raises:
-        ConfigError: there is no hole.
-    """
-    parts = HOLE.split(text)
-    if len(parts) == 1:
-        raise ConfigError(f"infill = {text!r}: has no hole; write [[12]] for 12 tokens to be filled in")
-    ids: list[int] = []
-    positions: list[int] = []
-    length = 0
-    for index, part in enumerate(parts):
-        if index % 2:
-            length += int(part)
-            continue
-        new = encode(part) if part else []
-        ids += new
-        positions += range(length, length + len(new))
-        length += len(new)
-    return ids, positions, length
-
-
-def run_sample(args: argparse.Namespace) -> int:
-    """Texts from a converted model."""
-    import torch
-
-    from esolm_megatron import load_pretrained
-
-    chosen = options(SampleOptions, args.overrides)
-    model = load_pretrained(args.path)
-    length, prompt, positions = chosen.length or model.config.seq_length, None, None
-    if chosen.infill is not None and chosen.prompt is not None:
-        raise ConfigError("prompt and infill: give one of them; infill may start with text")
-    if chosen.infill is not None:
-        ids, places, length = parse_infill(chosen.infill, model.tokenizer.encode)
-        prompt, positions = torch.tensor(ids, dtype=torch.int64), torch.tensor(places, dtype=torch.int64)
-    elif chosen.prompt:
-        prompt = torch.tensor(model.tokenizer.encode(chosen.prompt), dtype=torch.int64)
-    with torch.inference_mode():
-        samples = model.sample(
-            chosen.num_samples,
-            length,
-            steps=chosen.steps,
-            alpha_0=chosen.alpha_0,
-            top_p=chosen.top_p,
-            temperature=chosen.temperature,
-            seed=chosen.seed,
-            prompt=prompt,
-            prompt_positions=positions,
-            schedule=chosen.schedule,  # type: ignore[arg-type]
-        )
-    tokens, log_probs = samples
-    texts = [model.tokenizer.decode(row) for row in tokens.tolist()]
-    totals = log_probs.sum(1).tolist()
-    if args.json:
-        out = [
-            {"text": text, "tokens": row, "log_prob": total, "order": order}
-            for text, row, total, order in zip(texts, tokens.tolist(), totals, samples.order.tolist(), strict=True)
-        ]
-        print(json.dumps({"num_forward_passes": samples.num_forward_passes, "samples": out}))
-        return 0
-    for i, (text, total) in enumerate(zip(texts, totals, strict=True)):
-        Console().rule(f"sample {i}   log p = {total:.1f}   {samples.num_forward_passes} passes for {length} tokens")
-        print(text)
     return 0

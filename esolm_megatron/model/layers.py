@@ -115,6 +115,27 @@ class Linears(Protocol):
         """An uninitialised parameter of the run's dtype and device."""
 
 
+def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear. In inference on a CPU a few rows are multiplied from the right: the library is 1.3 to 1.7 times as fast.
+
+    The result of that is not contiguous.
+    """
+    few = 4 <= x.numel() // x.shape[-1] <= 96
+    if not few or x.is_cuda or not torch.is_inference_mode_enabled() or x.dtype in (torch.bfloat16, torch.float16):
+        return F.linear(x, weight, bias)
+    columns = x.flatten(0, -2).t()
+    out = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)
+    return out.t().unflatten(0, x.shape[:-1])
+
+
+class PlainLinear(nn.Linear):
+    """nn.Linear by `matmul`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return matmul(input, self.weight, self.bias)
+
+
 class PlainLinears:
     """Linears of one device, for inference and as the truth that split ones are compared with."""
 
@@ -132,7 +153,7 @@ class PlainLinears:
         return self._linear(in_features, out_features, bias, Split(1), Split())
 
     def _linear(self, in_features: int, out_features: int, bias: bool, weight: Split, vector: Split) -> nn.Module:
-        layer = nn.utils.skip_init(nn.Linear, in_features, out_features, bias=bias, **self.options)
+        layer = nn.utils.skip_init(PlainLinear, in_features, out_features, bias=bias, **self.options)
         mark(layer.weight, weight)
         if bias:
             mark(layer.bias, vector)
@@ -253,7 +274,7 @@ class VocabHead(nn.Module):
                 over_ranks=self.linears.over_ranks,
             )
         low = x.dtype in (torch.bfloat16, torch.float16)
-        logits = _Fp32Logits.apply(x, matrix) if low else F.linear(x, matrix)
+        logits = _Fp32Logits.apply(x, matrix) if low else matmul(x, matrix).contiguous()
         if self.bias is not None:
             logits = logits + self.bias.to(logits.dtype)
         logits[:, num_ids:] = float("-inf")  # in place: nothing saved for backward is changed

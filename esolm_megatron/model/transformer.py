@@ -57,7 +57,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, fed: Tensor | None) -> Tensor:
         """(T', 1, H) -> (T', 1, H), or (P', 1, H) for the P tokens `fed` if only their queries are wanted."""
-        y = self.qkv(x)
+        y = self.qkv(x).contiguous()  # attention kernels want it so; see `matmul`
         tokens = y.shape[0]
         y = y.view(tokens, self.kv_heads, self.queries + 2, self.head_dim)
         q = y[:, :, : self.queries].reshape(tokens, self.kv_heads * self.queries, self.head_dim)

@@ -1,0 +1,244 @@
+"""What trained models write and how they judge text: `esolm sample`, `esolm score`, `esolm serve`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from rich.console import Console
+from rich.table import Table
+
+from esolm_megatron.commands import options, show
+from esolm_megatron.config import ConfigError, Section
+
+
+class SampleOptions(Section):
+    """Fields of `esolm sample`."""
+
+    num_samples: int = Field(4, ge=1)
+    """Texts to generate."""
+    length: int | None = Field(None, ge=1)
+    """Tokens in each; null means the trained length, or that of `infill`."""
+    steps: int | None = Field(None, ge=1)
+    """Diffusion steps; null means one for each token."""
+    alpha_0: float | None = Field(None, ge=0, le=1)
+    """Share of tokens made by diffusion; null means the trained value."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus that tokens are drawn from."""
+    temperature: float = Field(1.0, ge=0)
+    """Sharpness of the draw; below 1 is sharper, 0 takes the likeliest token."""
+    top_k: int = Field(0, ge=0)
+    """Draw from this many of the likeliest tokens; 0 means all."""
+    repetition_penalty: float = Field(1.0, gt=0)
+    """Above 1, tokens that the text holds already become less likely."""
+    seed: int = Field(0, ge=0)
+    """Seed of orders and tokens."""
+    prompt: str | None = None
+    """Text that each sample starts with."""
+    infill: str | None = None
+    """Text with holes: [[12]] is a hole of 12 tokens."""
+    schedule: str = Field("binomial", pattern="^(binomial|uniform|first_hitting)$")
+    """How many tokens each diffusion step makes; first_hitting: one, for as many steps as there are."""
+    order: str = Field("random", pattern="^(random|left_to_right|block_distant)$")
+    """Places of the diffusion steps."""
+    positions: list[int] | None = None
+    """All positions, [3,0,1,2], as they are to be filled; in place of `order`."""
+    own_schedules: bool = False
+    """Draw a schedule for each text; false means that all share one."""
+    stop: bool = False
+    """End a text at its first end-of-text token, and leave out the work after it."""
+    propose: int = Field(1, ge=1)
+    """Tokens proposed at once and verified, with schedule=first_hitting; what is drawn keeps its distribution."""
+    passes: int = Field(1, ge=1, le=2)
+    """Verify proposals in the pass that makes the next ones (1), or in one of its own (2)."""
+    seconds_per_pass: float = Field(0.0, ge=0)
+    """With --watch: wait this long after each pass."""
+
+
+class ScoreOptions(Section):
+    """Fields of `esolm score`."""
+
+    text: str | None = None
+    """The text to score."""
+    file: str | None = None
+    """A file instead: each line of a .jsonl is a text, in its field `text`; any other file is one text."""
+    prompt: str = ""
+    """Text before it, which is given and not counted."""
+    orders: int = Field(4, ge=1)
+    """Orders drawn for each text."""
+    kind: str = Field("generation", pattern="^(generation|random|left_to_right)$")
+    """Orders as the model generates, all random, or the one from left to right."""
+    alpha_0: float | None = Field(None, ge=0, le=1)
+    """Share of random places in `generation` orders; null means the trained value."""
+    batch_size: int = Field(8, ge=1)
+    """Orders in one pass."""
+    seed: int = Field(0, ge=0)
+    """Seed of the orders."""
+
+
+class ServeOptions(Section):
+    """Fields of `esolm serve`."""
+
+    host: str = "127.0.0.1"
+    """Address to listen at; the default is reached from this machine only. Anyone who reaches it may use it."""
+    port: int = Field(8000, ge=0, le=65535)
+    """Port; 0 takes a free one."""
+    rows: int = Field(16, ge=1)
+    """Texts written at once."""
+    length: int | None = Field(None, ge=1)
+    """Tokens of a text, prompt included; null means the trained length."""
+    queue: int = Field(64, ge=0)
+    """Texts that may wait; more are refused with status 429."""
+    body: int = Field(1_000_000, ge=1)
+    """Bytes of a request; larger ones are refused with status 413."""
+    dtype: str = Field("fp32", pattern="^(fp32|bf16|fp16)$")
+    """Type of the weights."""
+    device: str = "cpu"
+    """Where the model is put."""
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    """Serve a model until a signal asks to end."""
+    import torch
+
+    try:
+        import uvicorn
+
+        from esolm_megatron import serve
+    except ImportError as error:
+        raise ConfigError(f"{error.name} is missing: pip install 'esolm-megatron[serve]'") from None
+    from esolm_megatron import load_pretrained
+
+    chosen = options(ServeOptions, args.overrides)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[chosen.dtype]
+    model = load_pretrained(args.path, dtype, chosen.device)
+    limits = serve.Limits(chosen.rows, chosen.length or model.config.seq_length, chosen.queue, chosen.body)
+    app = serve.build(model, limits, Path(args.path).resolve().name)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # which is raised again after the server has ended
+    uvicorn.run(app, host=chosen.host, port=chosen.port, timeout_graceful_shutdown=5, log_level="info")
+    return 0
+
+
+def run_sample(args: argparse.Namespace) -> int:
+    """Texts from a converted model."""
+    import torch
+
+    from esolm_megatron import load_pretrained
+    from esolm_megatron.inference import parse_infill
+    from esolm_megatron.replay import Replay
+
+    chosen = options(SampleOptions, args.overrides)
+    model = load_pretrained(args.path)
+    length, prompt, positions = chosen.length or model.config.seq_length, None, None
+    if chosen.infill is not None and chosen.prompt is not None:
+        raise ConfigError("prompt and infill: give one of them; infill may start with text")
+    if chosen.infill is not None:
+        ids, places, length = parse_infill(chosen.infill, model.tokenizer.encode)
+        prompt, positions = torch.tensor(ids, dtype=torch.int64), torch.tensor(places, dtype=torch.int64)
+    elif chosen.prompt:
+        prompt = torch.tensor(model.tokenizer.encode(chosen.prompt), dtype=torch.int64)
+    given = [] if prompt is None else prompt.tolist()
+    where = positions.tolist() if positions is not None else list(range(len(given)))
+    replay = None
+    if args.watch or args.html:
+        replay = Replay(chosen.num_samples, length, model.tokenizer.decode, dict(zip(where, given, strict=True)))
+    with replay.live(chosen.seconds_per_pass) if replay and args.watch else nullcontext():
+        samples = model.sample(
+            chosen.num_samples,
+            length,
+            prompt=prompt,
+            prompt_positions=positions,
+            order=chosen.order if chosen.positions is None else torch.tensor(chosen.positions),  # type: ignore[arg-type]
+            stop_id=model.tokenizer.eos_id if chosen.stop else None,
+            watch=replay,
+            **chosen.model_dump(
+                exclude={"num_samples", "length", "prompt", "infill", "order", "positions", "stop", "seconds_per_pass"}
+            ),
+        )
+    if args.html and replay:
+        replay.write_html(Path(args.html), f"{chosen.num_samples} samples of {Path(args.path).name}")
+    show_samples(samples, model.tokenizer.decode, args.json)
+    return 0
+
+
+def show_samples(samples: Any, decode: Any, as_json: bool) -> None:
+    """Print texts with their log-probabilities."""
+    tokens, log_probs = samples
+    texts = [decode(row) for row in tokens.tolist()]
+    totals = log_probs.sum(1).tolist()
+    if as_json:
+        out = [
+            {"text": text, "tokens": row, "log_prob": total, "order": order, "saved": saved}
+            for text, row, total, order, saved in zip(
+                texts, tokens.tolist(), totals, samples.order.tolist(), samples.saved.tolist(), strict=True
+            )
+        ]
+        print(json.dumps({"num_forward_passes": samples.num_forward_passes, "samples": out}))
+        return
+    for i, (text, total) in enumerate(zip(texts, totals, strict=True)):
+        made = tokens.shape[1] - int(samples.saved[i])
+        Console().rule(f"sample {i}   log p = {total:.1f}   {samples.num_forward_passes} passes for {made} tokens")
+        print(text)
+
+
+def run_score(args: argparse.Namespace) -> int:
+    """Exact log-likelihoods of texts."""
+    from esolm_megatron import load_pretrained
+    from esolm_megatron.score import score
+
+    chosen = options(ScoreOptions, args.overrides)
+    texts = texts_to_score(chosen)
+    model = load_pretrained(args.path)
+    encode = model.tokenizer.encode
+    results = [
+        score(
+            model,
+            encode(text),
+            encode(chosen.prompt) if chosen.prompt else [],
+            **chosen.model_dump(include={"orders", "kind", "alpha_0", "batch_size", "seed"}),
+        )
+        for text in texts
+    ]
+    if args.json:
+        print(json.dumps({"texts": [{"text": t, **asdict(r)} for t, r in zip(texts, results, strict=True)]}))
+        return 0
+    table = Table("text", "tokens", "mean log p", "log mean p", "nats per token", "perplexity")
+    for text, r in zip(texts, results, strict=True):
+        start = text[:30].replace("\n", " ").replace("[", "\\[")
+        numbers = (
+            f"{r.any_order:.2f}",
+            f"{r.importance_weighted:.2f}",
+            f"{r.nats_per_token:.4f}",
+            f"{r.perplexity:.2f}",
+        )
+        table.add_row(start, str(r.num_tokens), *numbers)
+    show(table, dict, False)
+    return 0
+
+
+def texts_to_score(chosen: ScoreOptions) -> list[str]:
+    """The texts that `text` or `file` name.
+
+    Raises:
+        ConfigError: not exactly one of them is given, or the file has a line without a text.
+    """
+    if (chosen.text is None) == (chosen.file is None):
+        raise ConfigError("text and file: give one of them")
+    if chosen.text is not None:
+        return [chosen.text]
+    path = Path(str(chosen.file))
+    if path.suffix != ".jsonl":
+        return [path.read_text(encoding="utf-8")]
+    texts = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            texts.append(json.loads(line)["text"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f'{path}, line {number}: must be a JSON object with a field "text" ({error!r})') from None
+    return texts
