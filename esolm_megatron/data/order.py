@@ -45,20 +45,18 @@ class Order:
         lengths = short + (lanes < longer)
         num_windows = -(-lengths // self.shuffle_window)
         windows = ((places + 1) * num_windows - 1) // lengths
+        lows = windows * lengths // num_windows
+        sizes = (windows + 1) * lengths // num_windows - lows
+        wanted = zip(*(x.tolist() for x in (epochs, lanes, windows, sizes, places - lows)), strict=True)
+        moved = lanes * short + np.minimum(lanes, longer) + lows  # one by one: a batch has few rows of each window
+        moved += np.array([self._window(*window)[place] for *window, place in wanted], np.int64)
         out = np.empty_like(samples)
-        triples, inverse = np.unique(np.stack([epochs, lanes, windows]), axis=1, return_inverse=True)
-        inverse = inverse.reshape(-1)
-        for number, (epoch, lane, window) in enumerate(triples.T.tolist()):
-            chosen = inverse == number
-            length = short + (lane < longer)
-            count = -(-length // self.shuffle_window)
-            low, high = window * length // count, (window + 1) * length // count
-            base = lane * short + min(lane, longer) + low
-            moved = base + self._window(epoch, lane, window, high - low)[places[chosen] - low]
+        for epoch in set(epochs.tolist()):
+            chosen = epochs == epoch
             shards, ends = self._epoch(epoch)
-            at = np.searchsorted(ends, moved, "right")
+            at = np.searchsorted(ends, moved[chosen], "right")
             shard = shards[at]
-            out[chosen] = self._first_of_shard[shard] + moved - (ends[at] - self._per_shard[shard])
+            out[chosen] = self._first_of_shard[shard] + moved[chosen] - (ends[at] - self._per_shard[shard])
         return out
 
     def working_set(self) -> int:

@@ -328,6 +328,8 @@ class ShardReader:
         if hashlib.sha256(index).hexdigest() != self.manifest.blocks_sha256:
             raise ShardCorrupt(f"{self.place.where('blocks.npy')}: does not match manifest.json; copy both again")
         self.blocks: np.ndarray = np.load(io.BytesIO(index), allow_pickle=False)
+        self._shard_of, self._token_offset = (self.blocks[name].astype(np.int64) for name in ("shard", "token_offset"))
+        self._itemsize = self.dtype.itemsize
         for shard in () if tolerant else self.manifest.shards:
             self.place.check(shard)
         self._checked = np.zeros(len(self.blocks), bool)
@@ -349,11 +351,11 @@ class ShardReader:
             raise DataError(f"split = {split!r}: must be one of {', '.join(SPLITS)}")
         return np.flatnonzero(self.blocks["split"] == SPLITS.index(split))
 
-    def read_into(self, block: int, start: int, out: np.ndarray) -> None:
-        """Fill `out` (contiguous, of the stored dtype) with tokens of `block` from `start` on."""
-        self.documents(block)
-        record = self.blocks[block]
-        self._pread(int(record["shard"]), int(record["token_offset"]) + start * self.dtype.itemsize, out)
+    def read_into(self, block: int, start: int, out: np.ndarray) -> np.ndarray:
+        """Fill `out` (contiguous, of the stored dtype) with tokens of `block` from `start` on; returns `documents(block)`."""
+        starts = self.documents(block)
+        self._pread(self._shard_of.item(block), self._token_offset.item(block) + start * self._itemsize, out)
+        return starts
 
     def documents(self, block: int) -> np.ndarray:
         """Where documents start in `block`, int64, rising."""

@@ -89,23 +89,25 @@ class _Rows:
 
         The last are (row, block, error) of rows that were left blank.
         """
-        length, reader = self.seq_length, self.reader
-        stored = np.full((len(places), length), reader.manifest.eos_id, reader.dtype)
+        length, reader, eos = self.seq_length, self.reader, self.reader.manifest.eos_id
         counts = np.minimum(self.block_tokens[places] - offsets, length)
+        stored, valid = np.empty((len(places), length), reader.dtype), np.ones((len(places), length), bool)
         documents, lost = [], []
+        bounds = np.stack([offsets + 1, offsets + counts], axis=1)
         numbers = self.blocks[places].tolist()
         for row, (block, start, count) in enumerate(zip(numbers, offsets.tolist(), counts.tolist(), strict=True)):
             try:
-                reader.read_into(block, start, stored[row, :count])
-                starts = reader.documents(block)
+                starts = reader.read_into(block, start, stored[row] if count == length else stored[row, :count])
             except DataError as error:
                 if not self._blank or isinstance(error, LocalTrouble):
                     raise
                 lost.append((row, block, error))
-                stored[row], counts[row], starts = reader.manifest.eos_id, 0, np.empty(0, np.int64)
-            low, high = starts.searchsorted((start + 1, start + count))
+                count, starts = 0, np.empty(0, np.int64)
+            if count < length:
+                stored[row, count:], valid[row, count:] = eos, False
+            low, high = starts.searchsorted(bounds[row]).tolist()
             documents.append(starts[low:high] - start)
-        return stored.astype(np.int64), np.arange(length) < counts[:, None], documents, lost
+        return stored.astype(np.int64), valid, documents, lost
 
 
 class Source(_Rows):
