@@ -26,7 +26,7 @@ from esolm_megatron.data.shards import DataError, Folder, LocalTrouble, ShardCor
 from esolm_megatron.sections import DataConfig, is_remote
 
 _POLL_S = 0.02
-_KEPT_FOR_S = 600.0
+_KEPT_FOR_S = 6 * 3600.0
 """What was fetched ahead counts as used so much later, until it is opened: it must not go before its first row is read."""
 
 
@@ -37,7 +37,7 @@ def open_folder(path: str | Path, config: DataConfig) -> Folder:
     if config.cache_dir is None:
         raise DataError(f"data.cache_dir = null: {path} is not on this machine; give a folder on a local disk")
     cache = Cache(config.cache_dir, int(config.cache_gb * 1e9), config.timeout_s)
-    return CachedFolder(Remote(str(path), config.retries, config.timeout_s), cache)
+    return CachedFolder(Remote(str(path), config.retries, config.timeout_s, config.min_mb_per_s * 1e6), cache)
 
 
 @contextmanager
@@ -196,6 +196,12 @@ class CachedFolder(Folder):
         with suppress(DataError):
             self._ensure(f"shards/{shard.name}", shard.sha256, shard.bytes, ahead=True)
 
+    def close(self, file: int) -> None:
+        """Close what `open` gave; it counts as used until now."""
+        with suppress(OSError):
+            os.utime(file)
+        os.close(file)
+
     def distrust(self, shard: ShardEntry, file: int) -> bool:
         """Drop a damaged copy; the first time, another may be better."""
         path = self.cache.path(shard.sha256)
@@ -229,6 +235,9 @@ class CachedFolder(Folder):
             if sha256 in self._failed:
                 raise self._failed[sha256]
             if self._is_there(sha256, size):
+                if ahead:
+                    with suppress(OSError):
+                        os.utime(self.cache.path(sha256), (time.time() + _KEPT_FOR_S,) * 2)
                 return
             try:
                 with _locked(self.cache.path(sha256, "lock"), self.source.stop):

@@ -45,7 +45,6 @@ BLOCK_DTYPE = np.dtype(
 )
 _OPEN_SHARDS = 128
 _KEPT_DOCUMENTS = 1024
-_RESTS_BEFORE_CLOSING = 16
 
 
 class DataError(UserError, RuntimeError):
@@ -335,8 +334,6 @@ class ShardReader:
         self._checked = np.zeros(len(self.blocks), bool)
         self._bad: dict[int, DataError] = {}
         self._files: OrderedDict[int, int] = OrderedDict()
-        self._last_use: dict[int, int] = {}
-        self._rest = 0
         self.max_open = _OPEN_SHARDS
         self._documents: OrderedDict[int, np.ndarray] = OrderedDict()
         self._lock = threading.RLock()
@@ -367,11 +364,10 @@ class ShardReader:
                     self._documents.popitem(last=False)
             return found
 
-    def rest(self) -> None:
-        """Close shards that were not read since a while of calls of this, so that a cache may drop them."""
+    def close_others(self, shards: set[int]) -> None:
+        """Close all shards but these, so that a cache may drop them."""
         with self._lock:
-            self._rest += 1
-            for shard in [s for s in self._files if self._last_use[s] < self._rest - _RESTS_BEFORE_CLOSING]:
+            for shard in self._files.keys() - shards:
                 self.place.close(self._files.pop(shard))
 
     def close(self) -> None:
@@ -453,7 +449,6 @@ class ShardReader:
                 self.place.close(self._files.popitem(last=False)[1])
         else:
             self._files.move_to_end(shard)
-        self._last_use[shard] = self._rest
         return file
 
 
