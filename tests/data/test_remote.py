@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -81,7 +82,11 @@ def test_batches_from_http_equal_local_ones_and_each_shard_is_fetched_once(prepa
     requests = server.requests.total()
     again = stream(server.url, tmp_path / "cache")
     assert equal(again.batch(steps - 1), here.batch(steps - 1))
-    assert server.requests.total() == requests + 1, "only the manifest: the index and the shards are there"
+    assert server.requests.total() == requests, "all is there"
+    for path in (tmp_path / "cache").glob("*.small"):
+        os.utime(path, (time.time() - 100,) * 2)
+    stream(server.url, tmp_path / "cache")
+    assert server.requests.total() == requests + 1, "a manifest of a while ago may be another one now"
 
 
 def test_pipe_and_fsspec(prepared, tmp_path):
@@ -282,7 +287,20 @@ def test_the_processes_of_a_node_fetch_each_shard_once(prepared, server, tmp_pat
         expected = [here.batch(step).tokens[rank::4].tobytes().hex()[:64] for step in range(15)]
         assert text.split() == expected
     assert set(shards_fetched(server).values()) == {1}
-    assert server.requests["blocks.npy"] == 1
+    assert server.requests["blocks.npy"] == server.requests["manifest.json"] == 1
+
+
+def test_who_waits_for_a_download_that_fails_does_not_try_it_all_again(server, tmp_path):
+    streams = [stream(server.url, tmp_path / "cache") for _ in range(3)]  # locks are by file, as between processes
+    name = shard_of(streams[0], 0).name
+    server.faults[name], server.delay = [500], 0.3
+    with ThreadPoolExecutor(3) as pool:
+        for future in [pool.submit(data.batch, 0) for data in streams]:
+            with pytest.raises(DataError, match=f"{name}.*HTTP 500.*after 3 tries"):
+                future.result()
+    assert server.requests[f"shards/{name}"] == 3
+    server.faults, server.delay = {}, 0.0
+    assert len(stream(server.url, tmp_path / "cache").batch(0).tokens), "a new start tries anew"
 
 
 def test_a_killed_downloader_leaves_nothing_that_stops_others(prepared, server, tmp_path):
