@@ -133,7 +133,11 @@ def test_faults_that_pass_are_tried_again(prepared, server, tmp_path, fault):
     ids=str,
 )
 def test_faults_that_stay_are_errors_that_name_shard_and_offset(server, tmp_path, fault, kind, message, requests):
-    data = stream(server.url, tmp_path / "cache", timeout_s=0.2 if isinstance(fault, tuple) and fault[0] in ("stall", "drip") else 20)
+    data = stream(
+        server.url,
+        tmp_path / "cache",
+        timeout_s=0.2 if isinstance(fault, tuple) and fault[0] in ("stall", "drip") else 20,
+    )
     name = shard_of(data, 0).name
     server.faults[name] = [fault]
     for _ in range(2):

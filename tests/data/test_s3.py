@@ -72,7 +72,9 @@ def test_faults_on_s3_are_named(bucket, prepared, tmp_path):
     name = data.remote_shards(0)[0][1].name
     whole = (prepared / "shards" / name).read_bytes()
     bucket.put_object(Bucket="tokens", Key=f"mine/shards/{name}", Body=whole[:700])
-    with pytest.raises(ShardCorrupt, match=rf"s3://tokens/mine/shards/{name}: cut or replaced at offset 700.*after 3 tries"):
+    with pytest.raises(
+        ShardCorrupt, match=rf"s3://tokens/mine/shards/{name}: cut or replaced at offset 700.*after 3 tries"
+    ):
         data.batch(0)
     bucket.delete_object(Bucket="tokens", Key=f"mine/shards/{name}")
     import s3fs
@@ -84,7 +86,7 @@ def test_faults_on_s3_are_named(bucket, prepared, tmp_path):
 
 def test_an_endpoint_that_says_nothing_is_an_error_in_time(monkeypatch, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:{}".format(silent.getsockname()[1]))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
         began = time.monotonic()
         with pytest.raises(DataError, match=r"s3://tokens/mine/manifest.json: at offset 0: .*after 2 tries"):
             stream(tmp_path / "cache", timeout_s=0.5, retries=1)
