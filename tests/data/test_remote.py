@@ -291,11 +291,12 @@ def test_the_processes_of_a_node_fetch_each_shard_once(prepared, server, tmp_pat
         expected = [here.batch(step).tokens[rank::4].tobytes().hex()[:64] for step in range(15)]
         assert text.split() == expected
     assert set(shards_fetched(server).values()) == {1}
-    assert server.requests["blocks.npy"] == server.requests["manifest.json"] == 1
+    assert server.requests["blocks.npy"] == 1
 
 
 def test_who_waits_for_a_download_that_fails_does_not_try_it_all_again(server, tmp_path):
     streams = [stream(server.url, tmp_path / "cache") for _ in range(3)]  # locks are by file, as between processes
+    assert server.requests["manifest.json"] == 1
     name = shard_of(streams[0], 0).name
     server.faults[name], server.delay = [500], 0.3
     with ThreadPoolExecutor(3) as pool:
