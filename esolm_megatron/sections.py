@@ -94,6 +94,8 @@ class DataConfig(Section):
     """Times that a failed download is tried again, after 0.5 s, then twice as long each time, give or take half."""
     timeout_s: float = Field(30.0, gt=0)
     """Seconds without a byte after which a download has failed."""
+    min_mb_per_s: float = Field(1.0, gt=0)
+    """Slowest download, in 10^6 bytes a second: one that is timeout_s behind this pace has failed."""
     on_corrupt: Literal["error", "skip"] = "error"
     """A row that cannot be read ends the run, or is left blank: it weighs nothing, and is listed in events.jsonl."""
     max_corrupt_rows: int = Field(1000, ge=0)

@@ -1,7 +1,7 @@
 """Runs a function on several real gloo processes.
 
-A fork server imports torch, megatron-core and DeepSpeed once; each rank is forked from it in a fraction of a second, and
-no thread of the test process is ever forked.
+A fork server imports torch, megatron-core, DeepSpeed and the trainer once; each rank is forked from it in a fraction of a
+second, and no thread of the test process is ever forked.
 """
 
 import multiprocessing
@@ -12,7 +12,7 @@ import traceback
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "esolm_megatron.parallel.engine"])
+CONTEXT.set_forkserver_preload(["torch", "esolm_megatron.train.trainer", "matplotlib.pyplot"])
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 

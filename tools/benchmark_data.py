@@ -1,12 +1,16 @@
 """Tokens that a CPU-second of one process reads: this package's stream beside other loaders, the same tokens in one run.
 
-    python tools/benchmark_data.py [--tokens 40000000] [--install] [--steady-steps N --step-seconds 0.5] [--json FILE]
+    python tools/benchmark_data.py [--tokens 40000000] [--rounds 3] [--install FOLDER]
+                                   [--mosaicml-python PYTHON] [--energon-python PYTHON]
+                                   [--steady-steps N --step-seconds 0.5] [--json FILE]
 
-Each loader runs in a process of its own and reads rows of 2048 tokens for an epoch, best of three. Others are measured where
-they import; --install makes a virtual environment for each in the folder, on top of this one, because they pin versions.
+Each loader reads rows of 2048 tokens for an epoch (webdataset packs documents on the fly, the others have rows as samples),
+twice in a process of its own, in rounds that take turns; the best epoch of all counts. mosaicml-streaming and
+megatron-energon pin versions, so they are looked for in the environment of the PYTHON given, else in this one; --install
+makes an environment for each in FOLDER, on top of this one.
 Also: seconds to the first batch of a new process, its imports apart, at step 0 and at step 10^6, and, with --steady-steps,
 how the resident memory grows from a tenth of so many steps to their end.
-Prints a table and JSON; exits with 1 below a bar: BAR tokens per CPU-second, BARS times the others, FIRST_BATCH_S.
+Prints a table and JSON; exits with 1 below a bar: BAR tokens per CPU-second, BARS times the others, FIRST_BATCH_S, GROWTH_MB.
 """
 
 import argparse
@@ -24,7 +28,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-L, BATCH, BLOCK, REPEATS, EOS = 2048, 32, 1 << 20, 3, 50256
+L, BATCH, BLOCK, EPOCHS, EOS = 2048, 32, 1 << 20, 2, 50256
 BAR, FIRST_BATCH_S, GROWTH_MB = 60e6, 1.0, 64.0
 BARS = {"mosaicml-streaming": 3.0, "megatron-energon": 6.0}
 
@@ -59,32 +63,42 @@ def write_ours(folder: Path, num_tokens: int) -> None:
     write_manifest(folder, manifest, np.array(rows, BLOCK_DTYPE))
 
 
-def write_document_tar(folder: Path, num_tokens: int) -> None:
+def rows_of(num_tokens: int) -> Iterator[np.ndarray]:
+    """The documents laid end to end, in rows of L tokens."""
+    stored = np.concatenate([np.append(ids, np.uint16(EOS)) for ids in documents(num_tokens)])
+    yield from (stored[start : start + L] for start in range(0, len(stored) - L + 1, L))
+
+
+def write_tar(folder: Path, samples: Iterator[np.ndarray]) -> None:
     import io
     import tarfile
 
     folder.mkdir()
     with tarfile.open(folder / "shard-000000.tar", "w") as tar:
-        for n, ids in enumerate(documents(num_tokens)):
+        for n, ids in enumerate(samples):
             data = ids.tobytes()
             info = tarfile.TarInfo(f"{n:08d}.bin")
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
 
 
+def write_document_tar(folder: Path, num_tokens: int) -> None:
+    write_tar(folder, documents(num_tokens))
+
+
 def write_mds(folder: Path, num_tokens: int) -> None:
     from streaming import MDSWriter
 
     with MDSWriter(out=str(folder), columns={"tokens": f"ndarray:uint16:{L}"}, hashes=["xxh64"]) as out:
-        stored = np.concatenate([np.append(ids, np.uint16(EOS)) for ids in documents(num_tokens)])
-        for start in range(0, len(stored) - L + 1, L):
-            out.write({"tokens": stored[start : start + L]})
+        for row in rows_of(num_tokens):
+            out.write({"tokens": row})
 
 
 def write_energon(folder: Path, num_tokens: int) -> None:
-    write_document_tar(folder, num_tokens)
-    words = [sys.executable, "-m", "megatron.energon.cli.main", "prepare", "--non-interactive", "--force-overwrite",
-             "--split-ratio", "1,0,0", "--num-workers", "1", "--sample-type", "CrudeWebdataset", str(folder)]  # fmt: skip
+    write_tar(folder, rows_of(num_tokens))
+    words = [sys.executable, "-c", "from megatron.energon.cli.main import main; main()", "prepare", "--non-interactive",
+             "--force-overwrite", "--split-ratio", "1,0,0", "--num-workers", "1", "--sample-type", "CrudeWebdataset",
+             str(folder)]  # fmt: skip
     subprocess.run(words, check=True, capture_output=True, timeout=300)
 
 
@@ -138,15 +152,16 @@ def read_mosaic(folder: Path) -> Iterator[np.ndarray]:
 
 def read_energon(folder: Path) -> Iterator[np.ndarray]:
     from megatron.energon import (
-        CrudeWebdataset,
         DefaultTaskEncoder,
         WorkerConfig,
         get_loader,
         get_train_dataset,
+        stateless,
     )
     from megatron.energon.flavors import TextSample
     from megatron.energon.task_encoder.cooking import Cooker, basic_sample_keys
 
+    @stateless
     def cook(sample: dict[str, Any]) -> Any:
         return TextSample(**basic_sample_keys(sample), text=sample["bin"])
 
@@ -156,18 +171,19 @@ def read_energon(folder: Path) -> Iterator[np.ndarray]:
         def batch(self, samples: list[Any]) -> Any:
             return samples
 
-    assert CrudeWebdataset
     data = get_train_dataset(
         folder, worker_config=WorkerConfig(rank=0, world_size=1, num_workers=0), task_encoder=Encoder(), batch_size=BATCH,
         shuffle_buffer_size=None, max_samples_per_sequence=None, repeat=False,
     )  # fmt: skip
     loader = get_loader(data)
-    yield from packed(np.frombuffer(s.text, np.uint16) for samples in loader for s in samples)
+    for samples in loader:
+        for sample in samples:
+            yield np.frombuffer(sample.text, np.uint16).astype(np.int64)
 
 
 LOADERS = {
     "ours": (write_ours, read_ours, None),
-    "webdataset, documents packed on the fly": (write_document_tar, read_webdataset, "webdataset"),
+    "webdataset, documents": (write_document_tar, read_webdataset, "webdataset"),
     "webdataset, 2 MB blocks": (write_ours, read_webdataset_blocks, "webdataset"),
     "mosaicml-streaming": (write_mds, read_mosaic, "streaming"),
     "megatron-energon": (write_energon, read_energon, "megatron.energon"),
@@ -181,7 +197,7 @@ def child(action: str, name: str, folder: Path, number: int, seconds: float) -> 
         write(folder, number)
         return {}
     if action == "read":
-        return best_of(lambda: read(folder))
+        return {"epochs": epochs_of(lambda: read(folder))}
     from esolm_megatron.data.stream import TokenStream
 
     began = time.perf_counter()
@@ -198,15 +214,16 @@ def child(action: str, name: str, folder: Path, number: int, seconds: float) -> 
     return {"steps": number, "growth_mb": resident_mb() - early}
 
 
-def best_of(read: Any) -> dict[str, float]:
+def epochs_of(read: Any) -> list[dict[str, float]]:
+    """Of each of EPOCHS epochs, what it cost; the first also imports."""
     found = []
-    for _ in range(REPEATS):
+    for _ in range(EPOCHS):
         wall, cpu, count = time.perf_counter(), cpu_seconds(), 0
         for rows in read():
             count += rows.size
         cpu, wall = cpu_seconds() - cpu, time.perf_counter() - wall
         found.append({"tokens": count, "cpu_s": cpu, "wall_s": wall, "tokens_per_cpu_s": count / cpu})
-    return max(found, key=lambda x: x["tokens_per_cpu_s"])
+    return found
 
 
 def cpu_seconds() -> float:
@@ -226,32 +243,49 @@ def measured(python: str, *words: Any) -> dict[str, Any] | str:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def python_for(name: str, module: str | None, folder: Path, install: bool) -> str:
-    """An interpreter that has the loader, where it was asked for."""
-    if module is None or module == "webdataset" or not install:
-        return sys.executable
-    home = folder / f"environment-{name}"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", home], check=True)
-    (site,) = home.glob("lib/python*/site-packages")
-    (site / "zz_base.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")))
-    subprocess.run([home / "bin/python", "-m", "pip", "install", "-q", name], check=False)
+def installed(package: str, folder: Path) -> str:
+    """The interpreter of an environment in `folder` that has `package`, on top of this one."""
+    home = folder / package
+    if not (home / "bin/python").exists():
+        subprocess.run([sys.executable, "-m", "venv", home], check=True)
+        (site,) = home.glob("lib/python*/site-packages")
+        (site / "zz_base.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")))
+        subprocess.run([home / "bin/python", "-m", "pip", "install", "-q", package], check=False)
     return str(home / "bin/python")
 
 
+def pythons(options: argparse.Namespace) -> dict[str, str]:
+    """The interpreter of each loader."""
+    given = {"mosaicml-streaming": options.mosaicml_python, "megatron-energon": options.energon_python}
+    if options.install:
+        folder = Path(options.install).resolve()
+        given = {name: python or installed(name, folder) for name, python in given.items()}
+    return {name: given.get(name) or sys.executable for name in LOADERS}
+
+
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """What all children found; of a loader that cannot be measured, why."""
     found: dict[str, Any] = {"loaders": {}}
+    loaders, use = found["loaders"], pythons(options)
     for name, (write, _, module) in LOADERS.items():
-        python = python_for(name, module, folder, options.install)
-        there = (
-            module is None
-            or not subprocess.run([python, "-c", f"import {module}"], capture_output=True, check=False).returncode
-        )
-        if not there:
-            found["loaders"][name] = "not installed"
-            continue
-        data = folder / write.__name__
-        problem = None if data.exists() else measured(python, "write", name, data, options.tokens, 0)
-        found["loaders"][name] = problem if isinstance(problem, str) else measured(python, "read", name, data, 0, 0)
+        test = [use[name], "-c", f"import {module or 'numpy'}"]
+        if subprocess.run(test, capture_output=True, check=False).returncode:
+            loaders[name] = "not installed"
+        elif not (folder / write.__name__).exists():
+            problem = measured(use[name], "write", name, folder / write.__name__, options.tokens, 0)
+            if isinstance(problem, str):
+                loaders[name] = problem
+    for _ in range(options.rounds):
+        for name, (write, _, _) in LOADERS.items():
+            if isinstance(loaders.get(name), str):
+                continue
+            new = measured(use[name], "read", name, folder / write.__name__, 0, 0)
+            if isinstance(new, str):
+                loaders[name] = new
+                continue
+            before = [loaders[name]] if name in loaders else []
+            loaders[name] = max([*before, *new["epochs"]], key=lambda x: x["tokens_per_cpu_s"])
+    found["loaders"] = {name: loaders[name] for name in LOADERS}
     ours = folder / write_ours.__name__
     found["first_batch_s"] = {
         step: measured(sys.executable, "first", "ours", ours, step, 0)["seconds"] for step in (0, 10**6)  # type: ignore[index]
@@ -265,6 +299,7 @@ def missed_bars(found: dict[str, Any]) -> list[str]:
     rates = {n: x["tokens_per_cpu_s"] for n, x in found["loaders"].items() if isinstance(x, dict)}
     ours = rates.get("ours", 0.0)
     out = [f"ours: {ours / 1e6:.1f}M tokens per CPU-second, the bar is {BAR / 1e6:g}M"] if ours < BAR else []
+    out += [f"{name}: {x}" for name, x in found["loaders"].items() if isinstance(x, str) and x != "not installed"]
     for name, times in BARS.items():
         if name in rates and ours < times * rates[name]:
             out.append(f"ours is {ours / rates[name]:.1f} times {name}, the bar is {times:g}")
@@ -281,7 +316,10 @@ def main() -> int:
         return 0
     grammar = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     grammar.add_argument("--tokens", type=int, default=40_000_000)
-    grammar.add_argument("--install", action="store_true")
+    grammar.add_argument("--rounds", type=int, default=3)
+    grammar.add_argument("--install", default=None, metavar="FOLDER")
+    grammar.add_argument("--mosaicml-python", default=None, metavar="PYTHON")
+    grammar.add_argument("--energon-python", default=None, metavar="PYTHON")
     grammar.add_argument("--steady-steps", type=int, default=0)
     grammar.add_argument("--step-seconds", type=float, default=0.0)
     grammar.add_argument("--folder", default=None)
@@ -289,11 +327,13 @@ def main() -> int:
     options = grammar.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         found = measure(options, Path(folder))
-    table = Table("loader", "M tokens per CPU-second", "CPU s", "wall s")
+    table = Table("loader", "M tokens per CPU-second", "ours is times that", "CPU s", "wall s")
+    ours = found["loaders"]["ours"]
     for name, x in found["loaders"].items():
-        cells = [x, "", ""]
+        cells = [x, "", "", ""]
         if isinstance(x, dict):
-            cells = [f"{x['tokens_per_cpu_s'] / 1e6:.1f}", f"{x['cpu_s']:.2f}", f"{x['wall_s']:.2f}"]
+            times = ours["tokens_per_cpu_s"] / x["tokens_per_cpu_s"] if isinstance(ours, dict) else 0.0
+            cells = [f"{x['tokens_per_cpu_s'] / 1e6:.1f}", f"{times:.1f}", f"{x['cpu_s']:.2f}", f"{x['wall_s']:.2f}"]
         table.add_row(name, *cells)
     Console().print(table)
     found["missed"] = missed_bars(found)

@@ -3,6 +3,8 @@
     CACHE/SHA256.data    a file under its own hash, so that two runs, or two copies of the data, share it
     CACHE/SHA256.part    a download, with its room already taken
     CACHE/SHA256.lock    held by the process that downloads; the kernel releases it when that process dies
+    CACHE/SHA256.failed  why a download failed, for those who wait for it
+    CACHE/SHA256.small   a manifest or another small file, under the hash of its address
     CACHE/room.lock      held while room is made
 
 Whoever reads a file holds a shared lock on it, and a file that is locked is never dropped. What was fetched or
@@ -22,12 +24,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from esolm_megatron.data.remote import Cancelled, Remote
-from esolm_megatron.data.shards import DataError, Folder, LocalTrouble, ShardCorrupt, ShardEntry
+from esolm_megatron.data.shards import DataError, Folder, LocalTrouble, ShardCorrupt, ShardEntry, ShardMissing
 from esolm_megatron.sections import DataConfig, is_remote
 
 _POLL_S = 0.02
-_KEPT_FOR_S = 600.0
+_KEPT_FOR_S = 6 * 3600.0
 """What was fetched ahead counts as used so much later, until it is opened: it must not go before its first row is read."""
+
+_FRESH_S, _BEGAN = 60.0, time.time()
+"""A small file is not fetched again if that was done since this process began, and so many seconds ago at most."""
+_ERRORS = {kind.__name__: kind for kind in (DataError, LocalTrouble, ShardCorrupt, ShardMissing)}
 
 
 def open_folder(path: str | Path, config: DataConfig) -> Folder:
@@ -37,7 +43,7 @@ def open_folder(path: str | Path, config: DataConfig) -> Folder:
     if config.cache_dir is None:
         raise DataError(f"data.cache_dir = null: {path} is not on this machine; give a folder on a local disk")
     cache = Cache(config.cache_dir, int(config.cache_gb * 1e9), config.timeout_s)
-    return CachedFolder(Remote(str(path), config.retries, config.timeout_s), cache)
+    return CachedFolder(Remote(str(path), config.retries, config.timeout_s, config.min_mb_per_s * 1e6), cache)
 
 
 @contextmanager
@@ -126,7 +132,7 @@ class Cache:
         own.unlink(missing_ok=True)  # of a process that died
         files = []
         for entry in os.scandir(self.folder):
-            if entry.name.endswith((".data", ".part")):
+            if entry.name.endswith((".data", ".part", ".small")):
                 with suppress(FileNotFoundError):
                     state = entry.stat()
                     files.append((state.st_mtime, state.st_size, Path(entry.path)))
@@ -173,8 +179,39 @@ class CachedFolder(Folder):
         return self.source.where(name)
 
     def read(self, name: str, fix: str) -> bytes:
-        """The bytes of a small file, which is fetched each time."""
-        return self.source.fetch(name, b"".join)
+        """The bytes of a small file; processes of the node that start together fetch it once."""
+        key = hashlib.sha256(self.where(name).encode()).hexdigest()
+        path = self.cache.path(key, "small")
+        with self._alone(key):
+            with suppress(FileNotFoundError):
+                if path.stat().st_mtime > max(_BEGAN, time.time() - _FRESH_S):
+                    return path.read_bytes()
+            data = self.source.fetch(name, b"".join)
+            temporary = self.cache.path(key, "new")
+            with self.cache.disk_full_named(len(data)):
+                temporary.write_bytes(data)
+                os.replace(temporary, path)
+            return data
+
+    @contextmanager
+    def _alone(self, key: str) -> Iterator[None]:
+        """Be the only process of the node inside. Who waited for one that failed fails like it: one budget of tries for all."""
+        since, failed = time.time(), self.cache.path(key, "failed")
+        with _locked(self.cache.path(key, "lock"), self.source.stop):
+            with suppress(FileNotFoundError):
+                if failed.stat().st_mtime >= since:
+                    kind, _, text = failed.read_text().partition("\n")
+                    raise _ERRORS.get(kind, DataError)(text)
+            try:
+                yield
+            except Cancelled:
+                raise
+            except DataError as error:
+                with suppress(OSError):
+                    failed.write_text(f"{type(error).__name__}\n{error}")
+                raise
+            with suppress(OSError):
+                failed.unlink(missing_ok=True)
 
     def read_index(self, sha256: str) -> bytes:
         """The bytes of blocks.npy, from the cache where it is there."""
@@ -195,6 +232,12 @@ class CachedFolder(Folder):
         """Have a shard in the cache. Errors are kept for whoever opens it."""
         with suppress(DataError):
             self._ensure(f"shards/{shard.name}", shard.sha256, shard.bytes, ahead=True)
+
+    def close(self, file: int) -> None:
+        """Close what `open` gave; it counts as used until now."""
+        with suppress(OSError):
+            os.utime(file)
+        os.close(file)
 
     def distrust(self, shard: ShardEntry, file: int) -> bool:
         """Drop a damaged copy; the first time, another may be better."""
@@ -229,9 +272,12 @@ class CachedFolder(Folder):
             if sha256 in self._failed:
                 raise self._failed[sha256]
             if self._is_there(sha256, size):
+                if ahead:
+                    with suppress(OSError):
+                        os.utime(self.cache.path(sha256), (time.time() + _KEPT_FOR_S,) * 2)
                 return
             try:
-                with _locked(self.cache.path(sha256, "lock"), self.source.stop):
+                with self._alone(sha256):
                     if not self._is_there(sha256, size):
                         self._download(name, sha256, size, time.time() + ahead * _KEPT_FOR_S)
             except Cancelled:

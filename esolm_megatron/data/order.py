@@ -45,30 +45,50 @@ class Order:
         lengths = short + (lanes < longer)
         num_windows = -(-lengths // self.shuffle_window)
         windows = ((places + 1) * num_windows - 1) // lengths
+        lows = windows * lengths // num_windows
+        sizes = (windows + 1) * lengths // num_windows - lows
+        wanted = zip(*(x.tolist() for x in (epochs, lanes, windows, sizes, places - lows)), strict=True)
+        moved = lanes * short + np.minimum(lanes, longer) + lows  # one by one: a batch has few rows of each window
+        moved += np.array([self._window(*window)[place] for *window, place in wanted], np.int64)
         out = np.empty_like(samples)
-        triples, inverse = np.unique(np.stack([epochs, lanes, windows]), axis=1, return_inverse=True)
-        inverse = inverse.reshape(-1)
-        for number, (epoch, lane, window) in enumerate(triples.T.tolist()):
-            chosen = inverse == number
-            length = short + (lane < longer)
-            count = -(-length // self.shuffle_window)
-            low, high = window * length // count, (window + 1) * length // count
-            base = lane * short + min(lane, longer) + low
-            moved = base + self._window(epoch, lane, window, high - low)[places[chosen] - low]
+        for epoch in set(epochs.tolist()):
+            chosen = epochs == epoch
             shards, ends = self._epoch(epoch)
-            at = np.searchsorted(ends, moved, "right")
+            at = np.searchsorted(ends, moved[chosen], "right")
             shard = shards[at]
-            out[chosen] = self._first_of_shard[shard] + moved - (ends[at] - self._per_shard[shard])
+            out[chosen] = self._first_of_shard[shard] + moved[chosen] - (ends[at] - self._per_shard[shard])
         return out
 
-    def working_set(self) -> int:
-        """Most shards that are read in turns: each lane's window may begin and end inside a shard."""
+    def live(self, samples: np.ndarray) -> np.ndarray:
+        """Numbers of the shards that the windows of all lanes are in while these samples are read."""
+        (first, low), (last, high) = (divmod(int(k), self.num_sequences) for k in (samples.min(), samples.max()))
+        low, high, end = low // self.num_lanes, high // self.num_lanes, self.num_sequences // self.num_lanes
+        if first == last:
+            return self._spanned(first, low, high)
+        between = [self._spanned(epoch, 0, end) for epoch in range(first + 1, last)]
+        return np.unique(np.concatenate([self._spanned(first, low, end), *between, self._spanned(last, 0, high)]))
+
+    def working_set(self, batch_size: int) -> int:
+        """Most shards that `live` has for a batch: each lane's windows may begin and end inside a shard."""
         held = self._per_shard[self._per_shard > 0]
         if self.shuffle_window >= self.num_sequences:
             return len(held)
-        smallest_first = np.cumsum(np.sort(held))
-        spanned = int(np.searchsorted(smallest_first, self.shuffle_window)) + 2
-        return min(self.num_lanes * spanned, len(held))
+        smallest_first, rows = np.cumsum(np.sort(held)), -(-batch_size // self.num_lanes) + self.shuffle_window
+        inside = int(np.searchsorted(smallest_first, rows + self.shuffle_window)) + 2
+        at_turn_of_epoch = 2 * int(np.searchsorted(smallest_first, rows)) + 4
+        return min(self.num_lanes * max(inside, at_turn_of_epoch), len(held))
+
+    def _spanned(self, epoch: int, low: int, high: int) -> np.ndarray:
+        """Shards of the windows that places `low` to `high` of the lanes are in."""
+        lanes = np.arange(self.num_lanes)
+        short, longer = divmod(self.num_sequences, self.num_lanes)
+        lengths, starts = short + (lanes < longer), lanes * short + np.minimum(lanes, longer)
+        counts = -(-lengths // self.shuffle_window)
+        windows = [((np.minimum(place, lengths - 1) + 1) * counts - 1) // lengths for place in (low, high)]
+        shards, ends = self._epoch(epoch)
+        begin = np.searchsorted(ends, starts + windows[0] * lengths // counts, "right")
+        end = np.searchsorted(ends, starts + (windows[1] + 1) * lengths // counts - 1, "right")
+        return np.unique(np.concatenate([shards[a : b + 1] for a, b in zip(begin, end, strict=True)]))
 
     def _draw_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Shards in the order of `epoch`, and where each one's sequences end in it."""

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 from esolm_megatron.data.shards import DataError
 
 if TYPE_CHECKING:
+    from esolm_megatron.data.cache import CachedFolder
+    from esolm_megatron.data.shards import ShardEntry
     from esolm_megatron.data.stream import Batch, TokenStream
 
 _DOWNLOADS = 4
-_STEPS_AHEAD = 1000
+_STEPS_AHEAD, _POLL_S = 1000, 0.02
 
 
 class Prefetch(Iterator["Batch"]):
@@ -110,18 +112,28 @@ class ShardsAhead:
         last: dict[str, int] = {}  # and the last known step that reads it
         step = self._start
         while not self._stop.is_set() and (self._end is None or step < self._end):
-            waiting = sum(when > self.reading for when in first.values())
-            if waiting >= self._stream.config.prefetch_shards or step > self.reading + _STEPS_AHEAD:
-                self._stop.wait(0.02)
+            if step > self.reading + _STEPS_AHEAD:
+                self._stop.wait(_POLL_S)
                 continue
             for shard in [shard for shard, when in last.items() if when < self.reading]:
                 del first[shard], last[shard]
             for place, entry in self._stream.remote_shards(step):
                 if entry.sha256 not in first:
+                    self._wait_for_turn(first)
                     first[entry.sha256] = step
-                    self._pool.submit(place.bring, entry)
+                    self._pool.submit(self._bring, step, place, entry)
                 last[entry.sha256] = step
             step += 1
+
+    def _bring(self, step: int, place: CachedFolder, entry: ShardEntry) -> None:
+        if step > self.reading:  # else the reader has fetched it, and may be done with it
+            place.bring(entry)
+
+    def _wait_for_turn(self, first: dict[str, int]) -> None:
+        """Wait until fewer than `data.prefetch_shards` wait for their first step."""
+        most = self._stream.config.prefetch_shards
+        while not self._stop.is_set() and sum(when > self.reading for when in first.values()) >= most:
+            self._stop.wait(_POLL_S)
 
     def close(self) -> None:
         """Stop looking and fetching."""

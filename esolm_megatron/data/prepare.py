@@ -277,19 +277,22 @@ def _run_tasks(config: PrepareConfig, folder: Path, tokenizer: Tokenizer, work: 
     todo = [task for task in work if not tasks.is_done(folder, task)]
     processes = config.num_processes or len(os.sched_getaffinity(0))
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(
-        TextColumn("{task.description}"),
-        *columns,
-        console=Console(stderr=True),
-        disable=not progress,
-        speed_estimate_period=300,
-    ) as bar:
+    with (
+        Progress(
+            TextColumn("{task.description}"),
+            *columns,
+            console=Console(stderr=True),
+            disable=not progress,
+            speed_estimate_period=300,
+        ) as bar,
+        _workers(min(processes, len(todo))) as run,
+    ):
         if config.deduplicate and todo:
             unscanned = [task for task in work if not tasks.scan_path(folder, task).exists()]
-            _run(partial(tasks.scan, config=config, folder=folder), unscanned, processes, _line(bar, "scan", unscanned))
+            run(partial(tasks.scan, config=config, folder=folder), unscanned, _line(bar, "scan", unscanned))
             tasks.mark_duplicates(folder, work)
         encode = partial(tasks.tokenize, config=config, folder=folder, fingerprint=tokenizer.fingerprint)
-        _run(encode, todo, processes, _line(bar, "tokenize", todo))
+        run(encode, todo, _line(bar, "tokenize", todo))
     return len(work) - len(todo)
 
 
@@ -299,29 +302,21 @@ def _line(bar: Progress, name: str, work: list[Task]) -> Callable[[int], None]:
     return lambda count: bar.update(line, completed=count)
 
 
-def _run(work: Callable[[Task, Advance], None], todo: list[Task], processes: int, shown: Callable[[int], None]) -> None:
-    """Do the tasks, in this process or in several; whatever ends this process, or this call, ends the others at once."""
-    finished = 0
-    if processes == 1 or len(todo) < 2:
-        for task in todo:
-            work(task, partial(_add_and, shown, finished))
-            finished += task.bytes
-            shown(finished)
+@contextlib.contextmanager
+def _workers(count: int) -> Iterator[Callable[..., None]]:
+    """A function that does tasks, in this process or in `count`, the same for all calls.
+
+    Whatever ends this process, or the block, ends the others at once.
+    """
+    if count < 2:
+        yield _run_here
         return
     context = multiprocessing.get_context("spawn")
     alive, held = context.Pipe(duplex=False)
-    count, left = min(processes, len(todo)), iter(todo)
     under_way = context.RawArray("q", count)
     with ProcessPoolExecutor(count, context, _start_process, (alive, context.Value("i", 0), under_way)) as pool:
         try:
-            waiting = {pool.submit(_do, work, task): task for task in islice(left, 2 * count)}
-            while waiting:
-                done, _ = wait(waiting, _POLL_S, return_when="FIRST_COMPLETED")
-                for future in done:
-                    future.result()
-                    finished += waiting.pop(future).bytes
-                waiting |= {pool.submit(_do, work, task): task for task in islice(left, len(done))}
-                shown(finished + sum(under_way))
+            yield partial(_run_in, pool, under_way)
         except BrokenProcessPool as error:
             raise DataError(
                 "a process of prepare died, as for want of memory; start it again, it continues; if it dies again, "
@@ -331,6 +326,32 @@ def _run(work: Callable[[Task, Advance], None], todo: list[Task], processes: int
             held.close()
             raise
     held.close()
+
+
+def _run_here(work: Callable[[Task, Advance], None], todo: list[Task], shown: Callable[[int], None]) -> None:
+    finished = 0
+    for task in todo:
+        work(task, partial(_add_and, shown, finished))
+        finished += task.bytes
+        shown(finished)
+
+
+def _run_in(
+    pool: ProcessPoolExecutor,
+    under_way: Any,
+    work: Callable[[Task, Advance], None],
+    todo: list[Task],
+    shown: Callable[[int], None],
+) -> None:
+    left, finished = iter(todo), 0
+    waiting = {pool.submit(_do, work, task): task for task in islice(left, 2 * len(under_way))}
+    while waiting:
+        done, _ = wait(waiting, _POLL_S, return_when="FIRST_COMPLETED")
+        for future in done:
+            future.result()
+            finished += waiting.pop(future).bytes
+        waiting |= {pool.submit(_do, work, task): task for task in islice(left, len(done))}
+        shown(finished + sum(under_way))
 
 
 def _add_and(shown: Callable[[int], None], before: int, done: int) -> None:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import http.client
 import os
+import queue
 import random
 import select
 import shlex
 import signal
 import subprocess
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from esolm_megatron.data.shards import DataError, LocalTrouble, ShardMissing
 
 Result = TypeVar("Result")
 CHUNK = 1 << 20
+_FSSPEC_CHUNK = 1 << 23
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 60.0
 _MAY_PASS = (408, 425, 429)
 """Refusals of HTTP that are worth another try; other 4xx are not."""
@@ -33,12 +36,18 @@ class Remote:
     """A folder that is fetched file by file.
 
     root: http(s)://..., s3://..., or pipe:COMMAND, a shell command in which {name} stands for the file's name in the
-    folder. Set `stop` to end downloads early.
+    folder. A try fails when nothing comes for `timeout_s`, or when it is that much behind `slowest`, in bytes a second. Set `stop`
+    to end downloads early.
     """
 
-    def __init__(self, root: str, retries: int, timeout_s: float):
-        self.root, self.retries, self.timeout_s = root.rstrip("/"), retries, timeout_s
+    def __init__(self, root: str, retries: int, timeout_s: float, slowest: float = 1e6):
+        self.root, self.retries, self.timeout_s, self.slowest = root.rstrip("/"), retries, timeout_s, slowest
         self.stop = threading.Event()
+
+    def patience_s(self, size: int) -> float:
+        """Seconds after which all tries for a file of `size` bytes have failed, if they do."""
+        waits = sum(1.5 * min(_FIRST_WAIT_S * 2**n, _LONGEST_WAIT_S) for n in range(self.retries))
+        return waits + (self.retries + 1) * (2 * self.timeout_s + size / self.slowest)
 
     def where(self, name: str) -> str:
         """What messages call a file."""
@@ -74,13 +83,18 @@ class Remote:
 
     def _chunks(self, name: str) -> Generator[bytes]:
         """Chunks of the file; errors name the offset that they happened at."""
-        url, offset = self.where(name), 0
+        url, offset, began = self.where(name), 0, time.monotonic()
         how = self._piped if url.startswith("pipe:") else self._http if url.startswith("http") else self._fsspec
         try:
             for chunk in how(url):
                 if self.stop.is_set():
                     raise Cancelled(f"{url}: not fetched, for the run ends")
                 offset += len(chunk)
+                spent = time.monotonic() - began
+                if spent > self.timeout_s + offset / self.slowest:
+                    raise DataError(
+                        f"{url}: at offset {offset} after {spent:.1f} s: slower than data.min_mb_per_s = {self.slowest / 1e6:g}"
+                    )
                 yield chunk
         except urllib.error.HTTPError as error:
             error.close()
@@ -97,7 +111,7 @@ class Remote:
     def _http(self, url: str) -> Iterator[bytes]:
         with urllib.request.urlopen(url, timeout=self.timeout_s) as answer:
             left = answer.length  # None where the server does not say
-            while chunk := answer.read(CHUNK):
+            while chunk := answer.read1(CHUNK):
                 left = None if left is None else left - len(chunk)
                 yield chunk
             if left:
@@ -128,15 +142,59 @@ class Remote:
 
     def _fsspec(self, url: str) -> Iterator[bytes]:
         try:
-            import fsspec
-
-            file = fsspec.open(url, "rb")
-            with file as opened:
-                while chunk := opened.read(CHUNK):
-                    yield chunk
+            yield from _watched(self._opened(url), self.timeout_s)
         except ImportError as error:
             raise ShardMissing(f"{url}: {error}; install what opens it, for s3:// esolm-megatron[s3]") from error
         except (OSError, GeneratorExit, DataError):
             raise
         except Exception as error:  # each of its backends has errors of its own
             raise ConnectionError(repr(error)) from error
+
+    def _opened(self, url: str) -> Iterator[bytes]:
+        from fsspec.core import url_to_fs
+
+        system, path = url_to_fs(url, **_fsspec_options(url, self.timeout_s))
+        with system.open(path, "rb", block_size=_FSSPEC_CHUNK) as file:
+            while chunk := file.read(_FSSPEC_CHUNK):
+                yield chunk
+
+
+def _fsspec_options(url: str, timeout_s: float) -> dict[str, Any]:
+    """What fsspec is told besides its own configuration: timeouts, and not to try again beneath our own tries."""
+    if not url.startswith(("s3://", "s3a://")):
+        return {}
+    from fsspec.config import conf
+
+    given = conf.get(url.partition("://")[0], {}).get("config_kwargs", {})
+    ours = {"connect_timeout": timeout_s, "read_timeout": timeout_s, "retries": {"max_attempts": 0}}
+    return {"config_kwargs": {**ours, **given}}
+
+
+def _watched(chunks: Iterator[bytes], timeout_s: float) -> Iterator[bytes]:
+    """The chunks, read by a thread that is left behind when nothing comes for `timeout_s`: few backends have a limit."""
+    ready: queue.Queue[bytes | BaseException | None] = queue.Queue()
+    wanted, left = threading.Semaphore(2), threading.Event()
+
+    def read() -> None:
+        try:
+            for chunk in chunks:
+                ready.put(chunk)
+                wanted.acquire()
+                if left.is_set():
+                    return
+            ready.put(None)
+        except BaseException as error:  # handed on, whatever it is
+            ready.put(error)
+
+    threading.Thread(target=read, name="fsspec", daemon=True).start()
+    try:
+        while (item := ready.get(timeout=timeout_s)) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            wanted.release()
+            yield item
+    except queue.Empty:
+        raise TimeoutError from None
+    finally:
+        left.set()
+        wanted.release(3)

@@ -45,7 +45,6 @@ BLOCK_DTYPE = np.dtype(
 )
 _OPEN_SHARDS = 128
 _KEPT_DOCUMENTS = 1024
-_RESTS_BEFORE_CLOSING = 16
 
 
 class DataError(UserError, RuntimeError):
@@ -328,13 +327,13 @@ class ShardReader:
         if hashlib.sha256(index).hexdigest() != self.manifest.blocks_sha256:
             raise ShardCorrupt(f"{self.place.where('blocks.npy')}: does not match manifest.json; copy both again")
         self.blocks: np.ndarray = np.load(io.BytesIO(index), allow_pickle=False)
+        self._shard_of, self._token_offset = (self.blocks[name].astype(np.int64) for name in ("shard", "token_offset"))
+        self._itemsize = self.dtype.itemsize
         for shard in () if tolerant else self.manifest.shards:
             self.place.check(shard)
         self._checked = np.zeros(len(self.blocks), bool)
         self._bad: dict[int, DataError] = {}
         self._files: OrderedDict[int, int] = OrderedDict()
-        self._last_use: dict[int, int] = {}
-        self._rest = 0
         self.max_open = _OPEN_SHARDS
         self._documents: OrderedDict[int, np.ndarray] = OrderedDict()
         self._lock = threading.RLock()
@@ -349,11 +348,11 @@ class ShardReader:
             raise DataError(f"split = {split!r}: must be one of {', '.join(SPLITS)}")
         return np.flatnonzero(self.blocks["split"] == SPLITS.index(split))
 
-    def read_into(self, block: int, start: int, out: np.ndarray) -> None:
-        """Fill `out` (contiguous, of the stored dtype) with tokens of `block` from `start` on."""
-        self.documents(block)
-        record = self.blocks[block]
-        self._pread(int(record["shard"]), int(record["token_offset"]) + start * self.dtype.itemsize, out)
+    def read_into(self, block: int, start: int, out: np.ndarray) -> np.ndarray:
+        """Fill `out` (contiguous, of the stored dtype) with tokens of `block` from `start` on; returns `documents(block)`."""
+        starts = self.documents(block)
+        self._pread(self._shard_of.item(block), self._token_offset.item(block) + start * self._itemsize, out)
+        return starts
 
     def documents(self, block: int) -> np.ndarray:
         """Where documents start in `block`, int64, rising."""
@@ -365,11 +364,10 @@ class ShardReader:
                     self._documents.popitem(last=False)
             return found
 
-    def rest(self) -> None:
-        """Close shards that were not read since a while of calls of this, so that a cache may drop them."""
+    def close_others(self, shards: set[int]) -> None:
+        """Close all shards but these, so that a cache may drop them."""
         with self._lock:
-            self._rest += 1
-            for shard in [s for s in self._files if self._last_use[s] < self._rest - _RESTS_BEFORE_CLOSING]:
+            for shard in self._files.keys() - shards:
                 self.place.close(self._files.pop(shard))
 
     def close(self) -> None:
@@ -451,7 +449,6 @@ class ShardReader:
                 self.place.close(self._files.popitem(last=False)[1])
         else:
             self._files.move_to_end(shard)
-        self._last_use[shard] = self._rest
         return file
 
 

@@ -89,23 +89,25 @@ class _Rows:
 
         The last are (row, block, error) of rows that were left blank.
         """
-        length, reader = self.seq_length, self.reader
-        stored = np.full((len(places), length), reader.manifest.eos_id, reader.dtype)
+        length, reader, eos = self.seq_length, self.reader, self.reader.manifest.eos_id
         counts = np.minimum(self.block_tokens[places] - offsets, length)
+        stored, valid = np.empty((len(places), length), reader.dtype), np.ones((len(places), length), bool)
         documents, lost = [], []
+        bounds = np.stack([offsets + 1, offsets + counts], axis=1)
         numbers = self.blocks[places].tolist()
         for row, (block, start, count) in enumerate(zip(numbers, offsets.tolist(), counts.tolist(), strict=True)):
             try:
-                reader.read_into(block, start, stored[row, :count])
-                starts = reader.documents(block)
+                starts = reader.read_into(block, start, stored[row] if count == length else stored[row, :count])
             except DataError as error:
                 if not self._blank or isinstance(error, LocalTrouble):
                     raise
                 lost.append((row, block, error))
-                stored[row], counts[row], starts = reader.manifest.eos_id, 0, np.empty(0, np.int64)
-            low, high = starts.searchsorted((start + 1, start + count))
+                count, starts = 0, np.empty(0, np.int64)
+            if count < length:
+                stored[row, count:], valid[row, count:] = eos, False
+            low, high = starts.searchsorted(bounds[row]).tolist()
             documents.append(starts[low:high] - start)
-        return stored.astype(np.int64), np.arange(length) < counts[:, None], documents, lost
+        return stored.astype(np.int64), valid, documents, lost
 
 
 class Source(_Rows):
@@ -114,7 +116,9 @@ class Source(_Rows):
     What is left at the end of blocks is not used: `tokens_left_out` of them.
     """
 
-    def __init__(self, path: str, config: DataConfig, split: str, seq_length: int, key: tuple[object, ...]):
+    def __init__(
+        self, path: str, config: DataConfig, split: str, seq_length: int, key: tuple[object, ...], batch_size: int
+    ):
         super().__init__(path, config, split, seq_length, blank=config.on_corrupt == "skip")
         counts = self.block_tokens // seq_length
         self._first_sequence = np.concatenate([[0], np.cumsum(counts)])
@@ -131,14 +135,19 @@ class Source(_Rows):
         first_block = np.flatnonzero(np.diff(self._owners, prepend=-1))
         per_shard = np.diff(self._first_sequence[first_block], append=self.num_sequences)
         self.order = Order(per_shard, key, config.num_lanes, config.shuffle_window)
-        if self.place.remote:  # an open shard cannot leave the cache
-            self.reader.max_open = min(self.reader.max_open, self.order.working_set())
+        self._shard_numbers = self._owners[first_block]
+        self._working_set = self.order.working_set(batch_size)
+        self.reader.max_open = max(self.reader.max_open, self._working_set)
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Place in the split's blocks, and offset there, of this source's samples number `samples`."""
         sequences = self.order.sequences(samples)
         places = np.searchsorted(self._first_sequence, sequences, "right") - 1
         return places, (sequences - self._first_sequence[places]) * self.seq_length
+
+    def release(self, samples: np.ndarray) -> None:
+        """Let go of shards that are not read in turns while these samples are read: what is open stays in the cache."""
+        self.reader.close_others(set(self._shard_numbers[self.order.live(samples)].tolist()))
 
     def shards(self, samples: np.ndarray) -> list[ShardEntry]:
         """The shards that these samples are in."""
@@ -148,7 +157,7 @@ class Source(_Rows):
     def working_bytes(self) -> tuple[int, int]:
         """Bytes that lie in the shards read in turns, and in the largest shard."""
         sizes = [shard.bytes for shard in self.reader.manifest.shards if shard.split == self.split]
-        return sum(sorted(sizes)[-self.order.working_set() :]), max(sizes)
+        return sum(sorted(sizes)[-self._working_set :]), max(sizes)
 
 
 class TokenStream:
@@ -188,7 +197,9 @@ class TokenStream:
             pattern(phase.weights)  # refuses weights now, and not at their step
         named = sources_of(config)
         self.sources = {
-            name: Source(source.path, config, split, seq_length, (seed, name) if len(named) > 1 else (seed,))
+            name: Source(
+                source.path, config, split, seq_length, (seed, name) if len(named) > 1 else (seed,), global_batch_size
+            )
             for name, source in named.items()
         }
         check_alike(self.sources)
@@ -211,6 +222,8 @@ class TokenStream:
         damage = []
         for name, chosen, own in self._dealt(step, places):
             source = self.sources[name]
+            if source.place.remote:
+                source.release(own)
             found, whole, starts, lost = source.read(*source.locate(own))
             if len(chosen) == len(rows):
                 tokens, valid, documents = found, whole, starts
@@ -221,8 +234,6 @@ class TokenStream:
             damage += [
                 self._damage(name, block, rows[chosen[row]], samples[chosen[row]], error) for row, block, error in lost
             ]
-            if source.place.remote:
-                source.reader.rest()
         return Batch(tokens, valid, rows, samples, documents, tuple(damage))
 
     def _places(self, step: int, rows: np.ndarray) -> np.ndarray:
@@ -277,6 +288,13 @@ class TokenStream:
         """Batches of steps `start` to `stop` (None: for ever), read ahead by a thread. Close it, or use `with`."""
         return Prefetch(self, start, stop, self.config.prefetch_batches if depth is None else depth)
 
+    def patience_s(self) -> float:
+        """Seconds that a batch may take to come, or to fail, after all tries for a remote shard; 0 if there is none."""
+        return max(
+            (s.place.source.patience_s(s.working_bytes()[1]) for s in self._all if isinstance(s.place, CachedFolder)),
+            default=0.0,
+        )
+
     def cancel(self, cancelled: bool) -> None:
         """End downloads early, or allow them again."""
         for source in self._all:
@@ -293,8 +311,11 @@ class TokenStream:
         sizes = [source.working_bytes() for source in self._all if source.place.remote]
         if not sizes:
             return
-        total = sum(shard.bytes for s in self._all if s.place.remote for shard in s.reader.manifest.shards)
-        wanted = min(sum(a for a, _ in sizes) + self.config.prefetch_shards * max(b for _, b in sizes), total)
+        manifests = [s.reader.manifest for s in self._all if s.place.remote]
+        total = sum(shard.bytes for m in manifests for shard in m.shards)
+        others = sum(max((x.bytes for x in m.shards if x.split != self.split), default=0) for m in manifests)
+        ahead = self.config.prefetch_shards * max(largest for _, largest in sizes)
+        wanted = min(sum(turns for turns, _ in sizes) + ahead + others, total)
         if wanted > self.config.cache_gb * 1e9:
             raise DataError(
                 f"data.cache_gb = {self.config.cache_gb:g}: the shards read in turns and those fetched ahead take "
@@ -330,6 +351,9 @@ class ValidationSet:
         named, weights = sources_of(config), phases_of(config)[0].weights
         used = [(name, source) for (name, source), weight in zip(named.items(), weights, strict=True) if weight]
         self._sources = [_Rows(source.path, config, split, seq_length) for _, source in used]
+        for source in self._sources:
+            if source.place.remote:  # an open shard cannot leave the cache, and rows come in the order of the shards
+                source.reader.max_open = 1
         self._pattern = pattern(tuple(weight for weight in weights if weight))
         self._first_row = [np.concatenate([[0], np.cumsum(-(-s.block_tokens // seq_length))]) for s in self._sources]
         for source, first in zip(self._sources, self._first_row, strict=True):

@@ -18,9 +18,9 @@ from typing import NamedTuple
 import numpy as np
 
 from esolm_megatron.data.inputs import Meter, Piece, read_documents
+from esolm_megatron.data.order import permutation
 from esolm_megatron.data.prepare_config import PrepareConfig
 from esolm_megatron.data.shards import SPLITS, DataError, Packer, ShardWriter, npy_bytes, write_durably
-from esolm_megatron.data.stream import permutation
 from esolm_megatron.data.tokenizer import Tokenizer, load_tokenizer
 
 REASONS = ("unreadable", "too_short", "too_long", "duplicate")

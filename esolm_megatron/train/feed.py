@@ -48,6 +48,8 @@ class Feed:
         self.corrupt_rows = 0
         self.stream = open_stream(config, engine) if engine.reads else None
         self.facts: dict[str, Any] = engine.from_first_rank(self.stream.facts() if self.stream else None)
+        self.patience_s: float = engine.from_first_rank(self.stream.patience_s() if self.stream else None)
+        """Seconds after which a batch has come, or failed."""
         self._damage: tuple[Any, ...] = ()
 
     def batches(self, first: int) -> Generator[tuple[int, Batch]]:

@@ -23,8 +23,8 @@ _FREE_TO_CHANGE = {
     "guard": None,
     "watchdog": None,
     "data": {
-        "path", "prefetch_batches", "cache_dir", "cache_gb", "prefetch_shards", "retries", "timeout_s", "on_corrupt",
-        "max_corrupt_rows", "sources", "weight_changes",
+        "path", "prefetch_batches", "cache_dir", "cache_gb", "prefetch_shards", "retries", "timeout_s", "min_mb_per_s",
+        "on_corrupt", "max_corrupt_rows", "sources", "weight_changes",
     },
 }  # fmt: skip
 """What a resumed run may change: it alters speed, length or reports, not what is trained. Data and the weights of its sources

@@ -119,6 +119,7 @@ class _Run:
         """The run, from its newest checkpoint to its end."""
         config, engine, t = self.config, self.engine, self.config.train
         self.feed = Feed(config, engine, self.guard)
+        self.watchdog.patience_s = self.feed.patience_s
         self.step = self.saved = resume(config, engine, self.feed)
         self._restore_guard()
         if engine.is_first_rank:

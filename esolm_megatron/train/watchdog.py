@@ -40,6 +40,8 @@ class Watchdog:
     def __init__(self, config: WatchdogConfig, run_dir: Path, rank: int):
         self.config, self.run_dir, self.rank = config, run_dir, rank
         self.step: int | None = None
+        self.patience_s = 0.0
+        """What a step may take besides: data that is far away may need so long to come, or to fail."""
         self._steps: deque[float] = deque(maxlen=_MEDIAN_OF)
         self._doing, self._since, self._limit = "start", time.monotonic(), config.slow_limit_s
         self._finished = threading.Event()
@@ -57,7 +59,7 @@ class Watchdog:
         """Seconds that the next step may take."""
         if not self._steps:
             return self.config.slow_limit_s
-        return max(self.config.min_limit_s, self.config.step_factor * statistics.median(self._steps))
+        return max(self.config.min_limit_s, self.config.step_factor * statistics.median(self._steps)) + self.patience_s
 
     @contextmanager
     def slow(self, doing: str) -> Iterator[None]:

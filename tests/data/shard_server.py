@@ -13,7 +13,7 @@ class ShardServer:
     """url; requests: Counter of paths. faults: name -> list of faults, one for each request, the last for all that follow.
 
     A fault is None, an HTTP status, ("cut", n): the body ends after n bytes; ("reset", n): with a reset; ("flip", n): a bit
-    of byte n; ("stall", n): silence after n bytes, until `released` is set.
+    of byte n; ("stall", n): silence after n bytes, until `released` is set; ("drip", n): after n bytes one every 20 ms.
     """
 
     def __init__(self, folder):
@@ -64,6 +64,12 @@ class ShardServer:
             handler.connection.close()
         elif kind == "stall":
             self.released.wait(60)
+        elif kind == "drip":
+            for byte in data[place:]:
+                if self.released.wait(0.02):
+                    return
+                handler.wfile.write(bytes([byte]))
+                handler.wfile.flush()
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch.distributed as dist
+from data.shard_server import serving
 from ranks import run_ranks
 
 from esolm_megatron.config import ConfigError, check
@@ -146,6 +147,23 @@ def test_a_damaged_shard_ends_all_ranks(folders, tmp_path, world, parallel):
         assert "shards/train-" in text
         assert seconds < 60
     assert not (tmp_path / "run" / "metrics.jsonl").exists(), "no step was made"
+
+
+def test_a_server_that_says_nothing_ends_all_ranks_with_its_shard_and_not_by_the_watchdog(folders, tmp_path):
+    with serving(folders / "data") as server:
+        fields = {"num_lanes": 1, "shuffle_window": 20, "prefetch_shards": 1, "timeout_s": 1.0, "retries": 1}
+        data = {"path": server.url, "cache_dir": str(tmp_path / "cache"), **fields}
+        quick = {"min_limit_s": 0.5, "step_factor": 1.01}
+        made = config(tmp_path, data, train={"num_steps": 60}, evaluate={"every_steps": 0}, watchdog=quick)
+        stream = TokenStream(made.data, seq_length=32, global_batch_size=8, seed=3)
+        assert 2 * fields["timeout_s"] < stream.patience_s() < 10
+        early = {s.name for step in range(5) for _, s in stream.remote_shards(step)}
+        late = next(s.name for step in range(5, 60) for _, s in stream.remote_shards(step) if s.name not in early)
+        server.faults[late] = [("stall", 100)]
+        for step, text, _ in run_ranks(run, 2, made):
+            assert step == -1
+            assert f"{late}: at offset 100: nothing came for 1 s (after 2 tries)" in text
+    assert len(losses(tmp_path)) >= 5
 
 
 def break_second_batch(config):
