@@ -279,6 +279,7 @@ def main() -> None:
     """Run it, print the table, exit 1 where something was lost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="no more kills after so long")
     parser.add_argument("--out", type=Path, default=Path("runs/chaos"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layouts", action="store_true", help="restart on other layouts of 4 processes")
@@ -301,9 +302,12 @@ def main() -> None:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
+    deadline = time.monotonic() + 60 * args.minutes
     with Progress(*columns, console=CONSOLE) as progress:
         task = progress.add_task("kills", total=args.kills)
         for kind in kinds:
+            if time.monotonic() > deadline:
+                break
             layout = chaos.generator.choice(LAYOUTS) if args.layouts else LAYOUTS[1]
             best = run.committed()
             if not chaos.disturb(kind, layout):
@@ -311,9 +315,10 @@ def main() -> None:
             done = chaos.troubles[-1]
             if done.committed < best:
                 raise SystemExit(f"LOST: checkpoint {best} was whole, now the newest is {done.committed}")
-            progress.update(
-                task, advance=1, description=f"{done.kind}: at step {done.reached}, {done.repeated} to repeat"
-            )
+            said = f"{done.kind}: at step {done.reached}, {done.repeated} to repeat"
+            progress.update(task, advance=1, description=said)
+            if not CONSOLE.is_terminal:
+                CONSOLE.print(f"{len(chaos.troubles)} {said}", highlight=False)
     for each in (run, calm):
         CONSOLE.print(f"{each.folder}: to the end")
         if each.start(LAYOUTS[1]).wait() or (read_ending(each.run) or {}).get("how") != "finished":
