@@ -76,16 +76,16 @@ import sys, time
 from pathlib import Path
 from esolm_megatron.sections import WatchdogConfig
 from esolm_megatron.train.watchdog import Watchdog
-config = WatchdogConfig(min_limit_s=0.4, step_factor=4, slow_limit_s=1.5)
+config = WatchdogConfig(min_limit_s=0.4, step_factor=4, slow_limit_s=6)
 with Watchdog(config, Path(sys.argv[1]), 3) as watchdog:
     time.sleep(0.8)  # the start is slow
     for step in range(1, 4):
         time.sleep(0.2)
-        watchdog.step_done(step, 0.2)
-    time.sleep(0.6)  # 4 x the median is more
-    watchdog.step_done(4, 0.2)
+        watchdog.step_done(step, 0.5)
+    time.sleep(0.6)  # more than min_limit_s; 4 x the median is more
+    watchdog.step_done(4, 0.5)
     with watchdog.slow("saving"):
-        time.sleep(1.2)
+        time.sleep(2.5)  # more than a step may take
     print("so far", flush=True)
     if sys.argv[2] == "slow":
         with watchdog.slow("saving"):
