@@ -18,6 +18,7 @@ from esolm_megatron.config import Config, ConfigError, ModelConfig, with_values,
 from esolm_megatron.model.size import (
     KEPT_CHUNKS,
     LOGITS_PER_CHUNK,
+    CAPACITY_MULTIPLE,
     flops_per_step,
     layers_of_stages,
     mask_capacity,
@@ -86,6 +87,7 @@ class Plan:
     packed_tokens: int
     stages: tuple[StagePlan, ...]
     tokens_per_step: int
+    CAPACITY_MULTIPLE,
     flops_per_step: float
     num_steps: int
     peak_tflops: float
@@ -216,7 +218,8 @@ def plan(
         packed_tokens=packed_tokens(config),
         stages=stages,
         tokens_per_step=t.global_batch_size * config.model.seq_length,
-        flops_per_step=flops_per_step(config),
+        CAPACITY_MULTIPLE,
+    flops_per_step=flops_per_step(config),
         num_steps=t.num_steps,
         peak_tflops=peak_tflops or t.peak_tflops or DEVICES[device].peak_tflops,
         mfu=mfu,
@@ -239,7 +242,7 @@ def _mask_places(config: Config) -> int:
 
 def _capacity_multiple(config: Config) -> int:
     p = config.parallel
-    return math.lcm(64, p.context_size * (p.tensor_size if p.sequence_parallel else 1))
+    return math.lcm(CAPACITY_MULTIPLE, p.context_size * (p.tensor_size if p.sequence_parallel else 1))
 
 
 def _rows(config: Config) -> tuple[int, int]:

@@ -65,7 +65,7 @@ class Steps:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.model = EsoLM(self.shape, PlainLinears(dtype, device))
         initialise(self.model, 0)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)  # as the trainer
         length = self.shape.seq_length
         self.capacity = mask_capacity(length, alpha_0)
         order = torch.arange(length, device=device)

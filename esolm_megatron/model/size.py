@@ -18,6 +18,10 @@ LOGITS_PER_CHUNK, KEPT_CHUNKS = 2**25, 4
 """Logits that the loss makes at once, and how many such chunks it keeps for the backward pass (model/loss.py)."""
 
 
+CAPACITY_MULTIPLE = 16
+"""What the places of a mask stream are a multiple of: rows of packed tokens then start where matrix kernels like it."""
+
+
 def layer_parameters(model: ModelConfig, tensor_size: int = 1) -> int:
     """Parameters of one block that a tensor rank holds.
 
@@ -64,7 +68,7 @@ def num_parameters(model: ModelConfig) -> int:
     return stage_parameters(model, model.num_layers)
 
 
-def mask_capacity(seq_length: int, alpha_0: float, multiple: int = 64) -> int:
+def mask_capacity(seq_length: int, alpha_0: float, multiple: int = CAPACITY_MULTIPLE) -> int:
     """Places of a sequential row's mask stream: mean plus six standard deviations of the number of masks, rounded up."""
     mean = seq_length * (1 - alpha_0)
     bound = mean + 6 * math.sqrt(mean * alpha_0)

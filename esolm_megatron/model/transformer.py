@@ -59,8 +59,7 @@ class Attention(nn.Module):
         y = self.qkv(x)
         tokens = y.shape[0]
         y = y.view(tokens, self.kv_heads, self.queries + 2, self.head_dim)
-        q = y[:, :, : self.queries].reshape(tokens, self.kv_heads * self.queries, self.head_dim)
-        k, v = y[:, :, self.queries], y[:, :, self.queries + 1]
+        q, k, v = (x.flatten(1, 2) for x in y.split([self.queries, 1, 1], dim=2))  # one concatenation in backward
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, rope), rotate(k, rope)
