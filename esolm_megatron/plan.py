@@ -16,9 +16,9 @@ from rich.text import Text
 
 from esolm_megatron.config import Config, ConfigError, ModelConfig, with_values, world_problems
 from esolm_megatron.model.size import (
+    CAPACITY_MULTIPLE,
     KEPT_CHUNKS,
     LOGITS_PER_CHUNK,
-    CAPACITY_MULTIPLE,
     flops_per_step,
     layers_of_stages,
     mask_capacity,
@@ -87,7 +87,6 @@ class Plan:
     packed_tokens: int
     stages: tuple[StagePlan, ...]
     tokens_per_step: int
-    CAPACITY_MULTIPLE,
     flops_per_step: float
     num_steps: int
     peak_tflops: float
@@ -218,8 +217,7 @@ def plan(
         packed_tokens=packed_tokens(config),
         stages=stages,
         tokens_per_step=t.global_batch_size * config.model.seq_length,
-        CAPACITY_MULTIPLE,
-    flops_per_step=flops_per_step(config),
+        flops_per_step=flops_per_step(config),
         num_steps=t.num_steps,
         peak_tflops=peak_tflops or t.peak_tflops or DEVICES[device].peak_tflops,
         mfu=mfu,

@@ -178,7 +178,7 @@ def test_packed_tokens_are_those_of_the_layout(alpha_0):
 
 def test_packed_tokens_of_the_any_order_loss_have_whole_mask_streams():
     config = load(TINY, ["objective.diffusion_loss=any_order"])
-    assert packed_tokens(config) == 8 * 128 + 4 * 128 + 4 * 128  # 128 places are fewer than mean + 6 sigma, in 64s
+    assert packed_tokens(config) == 8 * 128 + 4 * 128 + 4 * 112  # mean + 6 sigma is 97.9, in 16s
 
 
 def test_time_follows_from_flops_devices_and_mfu():
