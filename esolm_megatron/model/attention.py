@@ -27,8 +27,8 @@ calls, on runs of tokens of varying length, laid end to end.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -85,11 +85,6 @@ class Runs:
         pieces = [x.split(self.query_sizes, 2) for x in queries] + [x.split(self.key_sizes, 2) for x in keys]
         return zip(*pieces, strict=True)
 
-    def to(self, device: torch.device) -> Runs:
-        """The same on a device."""
-        ends = [x.to(device, non_blocking=True) for x in (self.query_ends, self.key_ends)]
-        return Runs(self.query_sizes, self.key_sizes, *ends)
-
 
 @dataclass(frozen=True)
 class Part:
@@ -100,10 +95,16 @@ class Part:
     causal: bool
     runs: Runs | None = None
 
-    def to(self, device: torch.device) -> Part:
-        """The same on a device."""
-        queries, keys = (x.to(device) if isinstance(x, Tensor) else x for x in (self.queries, self.keys))
-        return Part(queries, keys, self.causal, None if self.runs is None else self.runs.to(device))
+
+def with_tensors(value: Any, how: Callable[[Tensor], Tensor]) -> Any:
+    """A dataclass (or tuple of them) with `how` of each tensor in it, at any depth, in the tensor's place."""
+    if isinstance(value, Tensor):
+        return how(value)
+    if isinstance(value, tuple) and value and is_dataclass(value[0]):
+        return tuple(with_tensors(x, how) for x in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return type(value)(**{name: with_tensors(x, how) for name, x in vars(value).items()})
+    return value
 
 
 def mask_parts(
@@ -145,10 +146,6 @@ class DocumentRuns:
         n = np.concatenate([x.ravel() for x in causal[len(causal) - len(masks) :]])
         m = np.concatenate([x.ravel() for x in masks])
         return cls(whole, mask_parts(np.cumsum(m) - m, m, np.cumsum(n) - n, n))
-
-    def to(self, device: torch.device) -> DocumentRuns:
-        """The same on a device."""
-        return DocumentRuns(self.causal.to(device), tuple(part.to(device) for part in self.masks))
 
 
 def _ragged(
@@ -220,11 +217,11 @@ class _Packed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, calls: Calls) -> Tensor:
         scale = 1 / math.sqrt(q.shape[-1])
-        rows = [_by_row(x, calls.causal, calls.rows) for x in (q, k, v)]
-        out, lse = flash_forward(*rows, True, scale, calls.runs)
+        q_row, k_row, v_row = (_by_row(x, calls.causal, calls.rows) for x in (q, k, v))
+        out, lse = flash_forward(q_row, k_row, v_row, True, scale, calls.runs)
         pieces, kept = [_flat(out)], [lse]
         for stream in calls.streams:
-            merged, *sums = _mask_stream_forward(*_of_stream(stream, q, k, v), stream.parts)
+            merged, *sums = _mask_stream_forward(_of_stream(stream, q, k, v), stream.parts)
             pieces.append(_flat(merged).to(q.dtype))
             kept += sums
         whole = _joined(pieces)
@@ -236,12 +233,12 @@ class _Packed(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *sums = ctx.saved_tensors
         calls, grad, scale = ctx.calls, grad.contiguous(), 1 / math.sqrt(q.shape[-1])
-        g, *rows, o = (_by_row(x, calls.causal, calls.rows) for x in (grad, q, k, v, out))
-        pieces = [[_flat(x)] for x in flash_backward(g, *rows, o, lse, True, scale, calls.runs)]
+        g, q_row, k_row, v_row, o = (_by_row(x, calls.causal, calls.rows) for x in (grad, q, k, v, out))
+        pieces = [[_flat(x)] for x in flash_backward(g, q_row, k_row, v_row, o, lse, True, scale, calls.runs)]
         for number, stream in enumerate(calls.streams):
             g, o = (_by_row(x, stream.masks, stream.rows) for x in (grad, out))
-            of_stream = _of_stream(stream, q, k, v)
-            *own, dk, dv = _mask_stream_backward(g, *of_stream, o, *sums[2 * number : 2 * number + 2], stream.parts)
+            total, p_self = sums[2 * number : 2 * number + 2]
+            *own, dk, dv = _mask_stream_backward(g, _of_stream(stream, q, k, v), o, total, p_self, stream.parts)
             for piece, more in zip(pieces[1:], (dk, dv), strict=True):
                 piece[0][stream.clean] += _flat(more)
             for piece, more in zip(pieces, own, strict=True):
@@ -249,7 +246,7 @@ class _Packed(torch.autograd.Function):
         return *(_joined(piece) for piece in pieces), None
 
 
-def _of_stream(stream: Stream, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+def _of_stream(stream: Stream, q: Tensor, k: Tensor, v: Tensor) -> Sequence[Tensor]:
     """Queries, keys and values of the masks, keys and values of the clean tokens."""
     masks = [_by_row(x, stream.masks, stream.rows) for x in (q, k, v)]
     return masks + [_by_row(x, stream.clean, stream.rows) for x in (k, v)]
@@ -313,21 +310,25 @@ class _MaskStream(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k_self: Tensor, v_self: Tensor, k_clean: Tensor, v_clean: Tensor, parts: tuple[Part, ...]
     ) -> Tensor:
-        merged, *sums = _mask_stream_forward(q, k_self, v_self, k_clean, v_clean, parts)
+        inputs = (q, k_self, v_self, k_clean, v_clean)
+        merged, *sums = _mask_stream_forward(inputs, parts)
         merged = merged.to(q.dtype)
-        ctx.save_for_backward(q, k_self, v_self, k_clean, v_clean, merged, *sums)
+        ctx.save_for_backward(*inputs, merged, *sums)
         ctx.parts = parts
         return merged
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *_mask_stream_backward(grad.contiguous(), *ctx.saved_tensors, ctx.parts), None
+        *inputs, merged, total, p_self = ctx.saved_tensors
+        return *_mask_stream_backward(grad.contiguous(), inputs, merged, total, p_self, ctx.parts), None
 
 
-def _mask_stream_forward(
-    q: Tensor, k_self: Tensor, v_self: Tensor, k_clean: Tensor, v_clean: Tensor, parts: tuple[Part, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The output in fp32 or better, and (B, N, C): its log-sum-exp, and the weight of the own key."""
+def _mask_stream_forward(inputs: Sequence[Tensor], parts: tuple[Part, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """The output in fp32 or better, and (B, N, C): its log-sum-exp, and the weight of the own key.
+
+    inputs: as `mask_stream_attention` has them.
+    """
+    q, k_self, v_self, k_clean, v_clean = inputs
     scale = 1 / math.sqrt(q.shape[-1])
     score = (q * _for_queries(k_self, q)).sum(-1, dtype=_wide(q)) * scale
     total, pieces = score.clone(), []
@@ -345,18 +346,10 @@ def _mask_stream_forward(
 
 
 def _mask_stream_backward(
-    grad: Tensor,
-    q: Tensor,
-    k_self: Tensor,
-    v_self: Tensor,
-    k_clean: Tensor,
-    v_clean: Tensor,
-    merged: Tensor,
-    total: Tensor,
-    p_self: Tensor,
-    parts: tuple[Part, ...],
+    grad: Tensor, inputs: Sequence[Tensor], merged: Tensor, total: Tensor, p_self: Tensor, parts: tuple[Part, ...]
 ) -> tuple[Tensor, ...]:
-    """Gradients of the first five tensors of `_mask_stream_forward`."""
+    """Gradients of the inputs of `_mask_stream_forward`."""
+    q, k_self, v_self, k_clean, v_clean = inputs
     scale, wide = 1 / math.sqrt(q.shape[-1]), _wide(q)
     delta = (grad.to(wide) * (_for_queries(v_self, q).to(wide) - merged.to(wide))).sum(-1)
     d_score = (p_self * delta * scale)[..., None]
