@@ -341,7 +341,11 @@ def _mask_stream_forward(inputs: Sequence[Tensor], parts: tuple[Part, ...]) -> t
     p_self = torch.exp(score - total)
     merged = p_self[..., None] * _for_queries(v_self, q)
     for queries, out, lse in pieces:
-        merged[:, :, queries] += torch.exp(lse - total[:, :, queries])[..., None] * out
+        share = torch.exp(lse - total[:, :, queries])[..., None]
+        if isinstance(queries, slice):
+            merged[:, :, queries].addcmul_(share, out.to(merged.dtype))
+        else:
+            merged[:, :, queries] += share * out
     return merged, total, p_self
 
 
