@@ -4,10 +4,11 @@
                                     [--json FILE] [--picture FILE] [--bars]
 
 The same network, rows, noise and optimizer in all three, on random tokens; each step draws its noise, goes forward and back
-and updates (on a GPU it is drawn before the clock starts, as the trainer draws it ahead). `reference`: diffusion rows under causal attention, sequential rows as 2L tokens under a dense 2L x 2L mask, logits
-of all places. `ar`: all rows left to right under causal attention, logits of all places. The steps take turns; a table and
-JSON give medians and ratios, in seconds on a GPU and in CPU-seconds elsewhere, and the peak memory of a process that makes
-two steps of one kind (on a GPU, what is allocated). Ours and the reference must have the same loss.
+and updates (on a GPU it is drawn before the clock starts, as the trainer draws it ahead). `reference`: diffusion rows under
+causal attention, sequential rows as 2L tokens under a dense 2L x 2L mask, logits of all places. `ar`: all rows left to right
+under causal attention, logits of all places. The steps take turns; a table and JSON give medians and ratios, in seconds on a
+GPU and in CPU-seconds elsewhere, and the peak memory of a process that makes two steps of one kind (on a GPU, what is
+allocated). Ours and the reference must have the same loss.
 
 options: `plain`, `recompute` (blocks computed again in backward), `compile` (blocks compiled); baselines are timed with `plain`.
 MFU = model FLOPs / (seconds x peak), where model FLOPs are `model/size.py:flops_per_token` x tokens of the data: what the
@@ -38,6 +39,7 @@ from rich.table import Table
 from torch import Tensor
 
 from esolm_megatron.config import ModelConfig, ObjectiveConfig
+from esolm_megatron.model import flash
 from esolm_megatron.model.layers import PlainLinears
 from esolm_megatron.model.size import flops_per_token, layer_parameters, mask_capacity, num_parameters
 from esolm_megatron.model.transformer import EsoLM, initialise
@@ -490,10 +492,17 @@ def main() -> int:
         return 0
     device = torch.device(args.device)
     settings = SimpleNamespace(train=SimpleNamespace(peak_tflops=args.peak_tflops))
+    kernels = flash.choose(device)
     peak = peak_flops(settings, device)  # type: ignore[arg-type]
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     title = f"{name}, peak {peak / 1e12:.3g} TFLOP/s, medians of {args.steps}"
-    out: dict[str, Any] = {"device": name, "peak_tflops": peak / 1e12, "steps": args.steps, "torch": torch.__version__}
+    out: dict[str, Any] = {
+        "device": name,
+        "peak_tflops": peak / 1e12,
+        "steps": args.steps,
+        "torch": torch.__version__,
+        "kernels": kernels,
+    }
     out["runs"] = []
     for row in matrix(args, device, peak):
         out["runs"].append(row)

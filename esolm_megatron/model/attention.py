@@ -40,6 +40,17 @@ from torch import Tensor
 aten = torch.ops.aten
 
 
+@dataclass
+class Kernels:
+    """What the flash kernels of a GPU can do; set once, by model/flash.py."""
+
+    shared_heads: bool = True
+    """They take fewer heads of keys and values than of queries."""
+
+
+KERNELS = Kernels()
+
+
 @dataclass(frozen=True)
 class PackedLayout:
     """What the tokens of a micro-batch are: plain rows, then clean streams of each group, then mask streams of each.
@@ -393,7 +404,7 @@ def flash_forward(
     all runs at once; wider types on a GPU take the plain computation.
     """
     kernel = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
-    if not kernel:
+    if not (kernel and KERNELS.shared_heads):
         k, v = _for_queries(k, q), _for_queries(v, q)
     if runs is not None and kernel:
         rows = [x[0].transpose(0, 1) for x in (q, k, v)]
@@ -424,7 +435,7 @@ def flash_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v through the keys given here, where `out` and `lse` may come from more keys than these."""
     kernel = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
-    if not kernel and q.shape[1] != k.shape[1]:
+    if not (kernel and KERNELS.shared_heads) and q.shape[1] != k.shape[1]:
         dq, *shared = flash_backward(grad, q, _for_queries(k, q), _for_queries(v, q), out, lse, causal, scale, runs)
         dk, dv = (_for_keys(x, k) for x in shared)
         return dq, dk, dv

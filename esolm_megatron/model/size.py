@@ -191,7 +191,7 @@ def layers_of_stages(config: Config) -> tuple[int, ...]:
     """Layers of each pipeline stage: parallel.layers_per_stage, or the split that balances arithmetic.
 
     The head counts as 2 H V FLOPs for each place with loss, the embedding as 2 H for each token (it is read and added
-    to), a layer as all its products for all packed tokens.
+    to), a layer as all its products for all packed tokens, less in the last one what only places with loss need.
     """
     m, p = config.model, config.parallel
     if p.layers_per_stage is not None:
@@ -205,7 +205,7 @@ def layers_of_stages(config: Config) -> tuple[int, ...]:
         p.pipeline_size,
         p.virtual_pipeline_size,
         first_load=tokens * 2 * m.hidden_size / layer,
-        last_load=places * _head_flops(m) / layer,
+        last_load=places * (_head_flops(m) + _query_flops(m)) / layer - tokens * _query_flops(m) / layer,
     )
 
 

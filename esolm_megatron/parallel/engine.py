@@ -15,6 +15,7 @@ from torch import Tensor
 
 from esolm_megatron.checkpoint import Checkpoint, Piece
 from esolm_megatron.config import Config
+from esolm_megatron.model import flash
 from esolm_megatron.objective.esolm import Noised, OrderedRows, PackedBatch, mean_loss, pack
 from esolm_megatron.parallel import groups, pipeline, replicas, zero
 from esolm_megatron.parallel.context import own_share
@@ -51,6 +52,7 @@ class Engine:
         """Join the run that the environment describes, and build this rank's share from config.seed."""
         self.config = config
         self.topology, self.device = groups.start(config)
+        self.kernels = flash.choose(self.device)
         megatron = megatron_config(config, self.device)
         self.chunks = pipeline.build_chunks(config, megatron, self.topology, self.device)
         self.owned = zero.owned_parameters(config, self.chunks, self.topology)

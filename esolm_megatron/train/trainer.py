@@ -190,6 +190,8 @@ class _Run:
         if due(step, config.train.log_every_steps) or step == config.train.num_steps or first:
             facts = {**self.stragglers.report(), **self.clock.shares(), "data_wait_s": round(ahead.waited, 4)}
             facts["drawn_ahead"] = ahead.drawn
+            if first:
+                facts["attention"] = self.engine.kernels
             facts["sources"] = self.feed.counts(self.guard.batch_of(step))
             if self.feed.corrupt_rows:
                 facts["corrupt_rows"] = self.feed.corrupt_rows
