@@ -20,6 +20,7 @@ mid. Exits with 1 where a number is below its bar (with --bars; on a CPU always)
 
 import argparse
 import gc
+import itertools
 import json
 import statistics
 import subprocess
@@ -449,6 +450,52 @@ def below_bars(found: list[dict[str, Any]], device: torch.device) -> list[str]:
     return out
 
 
+def roofline(sizes: str, alphas: str, peak: float, bandwidth: float) -> Table:
+    """The least time of a step of each size: its arithmetic at peak, and its bytes at the memory's speed.
+
+    Bytes: 34 for a parameter (fp32 master weight and two moments read and written, gradient read twice and written once more
+    in fp32, weight written), and for each token of a block what its operators outside of matrix products read and write in
+    bf16: norms, residuals and rotary embedding 24 H, attention 4 H, the MLP's activation 3 F; three times, for backward.
+    """
+    table = Table(title=f"peak {peak / 1e12:.0f} TFLOP/s, {bandwidth / 1e12:.1f} TB/s")
+    names = (
+        "size",
+        "parameters",
+        "alpha_0",
+        "rows",
+        "TFLOP",
+        "of which head",
+        "ms at peak",
+        "GB",
+        "ms of bytes",
+        "tokens/s at peak",
+    )
+    for name in names:
+        table.add_column(name, justify="right")
+    for size, alpha_0 in itertools.product(sizes.split(","), map(float, alphas.split(","))):
+        shape, objective, rows = ModelConfig(**SIZES[size]), ObjectiveConfig(alpha_0=alpha_0), ROWS.get(size, 8)
+        tokens, packed = (
+            rows * shape.seq_length,
+            rows * shape.seq_length * (1 + (1 - objective.fraction) * (1 - alpha_0)),
+        )
+        flops = tokens * flops_per_token(shape, objective)
+        without = shape.model_copy(update={"vocab_size": 2})
+        head = flops - tokens * flops_per_token(without, objective)
+        moved = 34 * num_parameters(shape)
+        moved += 3 * 2 * packed * shape.num_layers * (28 * shape.hidden_size + 3 * shape.ffn_size)
+        cells = [
+            size,
+            f"{num_parameters(shape) / 1e6:.0f}M",
+            f"{alpha_0:g}",
+            str(rows),
+            f"{flops / 1e12:.2f}",
+            f"{head / flops:.0%}",
+        ]
+        cells += [f"{1e3 * flops / peak:.1f}", f"{moved / 1e9:.1f}", f"{1e3 * moved / bandwidth:.1f}"]
+        table.add_row(*cells, f"{tokens * peak / flops:,.0f}")
+    return table
+
+
 def matrix(args: argparse.Namespace, device: torch.device, peak: float) -> Iterator[dict[str, Any]]:
     """All sizes, options and alpha_0, compiled ones last."""
     alphas = [float(x) for x in args.alphas.split(",")]
@@ -483,12 +530,18 @@ def main() -> int:
     parser.add_argument("--peak-tflops", type=float, help="of the device (default: by name, or measured on a CPU)")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     parser.add_argument("--picture", type=Path, help="draw the parts of a step and MFU into this PNG")
+    parser.add_argument(
+        "--roofline", action="store_true", help="print the floor of a step on an H200, and measure nothing"
+    )
     parser.add_argument("--bars", action="store_true", help="judge the bars of an H200")
     parser.add_argument("--no-peaks", action="store_true", help="leave out the memory of a CPU's steps")
     parser.add_argument("--peak-of", choices=KINDS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak_of:
         print(peak_here(args.sizes, float(args.alphas), args.rows, args.peak_of))
+        return 0
+    if args.roofline:
+        Console(width=140).print(roofline(args.sizes, args.alphas, 989e12, 4.8e12))
         return 0
     device = torch.device(args.device)
     settings = SimpleNamespace(train=SimpleNamespace(peak_tflops=args.peak_tflops))
