@@ -11,9 +11,10 @@ GPU and in CPU-seconds elsewhere, and the peak memory of a process that makes tw
 allocated). Ours and the reference must have the same loss.
 
 options: `plain`, `recompute` (blocks computed again in backward), `compile` (blocks compiled); baselines are timed with `plain`.
-MFU = model FLOPs / (seconds x peak), where model FLOPs are `model/size.py:flops_per_token` x tokens of the data: what the
-method needs, without recomputation, spare mask places, or norms. The parts of a step (attention, MLP, head and loss,
-optimizer, data) are timed by themselves, forward and backward, on tensors of the step's shapes; `rest` is what they leave.
+MFU = model FLOPs / (seconds x peak), by CPU-seconds on a CPU, where model FLOPs are `model/size.py:flops_per_token` x tokens
+of the data: what the method needs, without recomputation, spare mask places, or norms. The parts of a step (attention, MLP,
+head and loss, optimizer, data) are timed by themselves, forward and backward, on tensors of the step's shapes; `rest` is
+what they leave.
 On a GPU the sizes are 124m, 1.7b and a slice of 7b with as many layers as fit, in bf16 with fp32 master weights; elsewhere
 mid. Exits with 1 where a number is below its bar (with --bars; on a CPU always).
 """
@@ -369,7 +370,10 @@ def measure(steps: Steps, size: str, option: str, args: argparse.Namespace, peak
         out[kind] = found
     count, seconds = steps.rows * steps.shape.seq_length, timed["ours"]["seconds"]
     flops = count * flops_per_token(steps.shape, steps.objective)
-    out |= {"tokens_per_second": count / seconds, "tflops": flops / seconds / 1e12, "mfu": flops / seconds / peak}
+    out["tokens_per_second"] = count / seconds
+    if on_cpu:  # what others take of a shared machine is not the step's
+        seconds = timed["ours"]["cpu_seconds"] / torch.get_num_threads()
+    out |= {"tflops": flops / seconds / 1e12, "mfu": flops / seconds / peak}
     for kind in timed.keys() - {"ours"}:
         out[f"{kind}_over_ours"] = timed[kind]["cpu_seconds"] / timed["ours"]["cpu_seconds"]
     if option == "plain":
@@ -420,7 +424,7 @@ def draw(found: list[dict[str, Any]], picture: Path, title: str) -> None:
         start += share
     left.set(title="share of a step, by size and alpha_0", xlabel="parts timed by themselves")
     left.invert_yaxis()
-    left.legend(fontsize=8, loc="lower right")
+    left.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.25), ncols=3)
     done = [row for row in found if "mfu" in row]
     right.barh(
         [f"{row['size']}, {row['alpha_0']:g}, {row['option']}" for row in done], [100 * row["mfu"] for row in done]
@@ -448,6 +452,15 @@ def below_bars(found: list[dict[str, Any]], device: torch.device) -> list[str]:
         if best < bar:
             out.append(f"{size}, alpha_0 = {alpha_0:g}: {name} {best:,.3g} is below {bar:,.3g}")
     return out
+
+
+def peak_of_device(tflops: float | None, device: torch.device) -> float:
+    """FLOP/s: as given, by a GPU's name, or the best of a large matrix product on this CPU, by CPU-seconds as all else."""
+    if tflops is not None or device.type == "cuda":
+        return peak_flops(SimpleNamespace(train=SimpleNamespace(peak_tflops=tflops)), device)  # type: ignore[arg-type]
+    a = torch.randn(2048, 2048)
+    best = min(seconds_of(lambda: a @ a, device)[1] for _ in range(6))
+    return 2 * 2048**3 / best * torch.get_num_threads()
 
 
 def roofline(sizes: str, alphas: str, peak: float, bandwidth: float) -> Table:
@@ -544,9 +557,8 @@ def main() -> int:
         Console(width=140).print(roofline(args.sizes, args.alphas, 989e12, 4.8e12))
         return 0
     device = torch.device(args.device)
-    settings = SimpleNamespace(train=SimpleNamespace(peak_tflops=args.peak_tflops))
     kernels = flash.choose(device)
-    peak = peak_flops(settings, device)  # type: ignore[arg-type]
+    peak = peak_of_device(args.peak_tflops, device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     title = f"{name}, peak {peak / 1e12:.3g} TFLOP/s, medians of {args.steps}"
     out: dict[str, Any] = {
