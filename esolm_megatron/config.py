@@ -163,6 +163,8 @@ class TrainConfig(Section):
     """Steps between lines of metrics.jsonl."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one."""
+    compile: bool = False
+    """Compile each block before and after attention (torch.compile); the first steps take longer."""
     peak_tflops: float | None = Field(None, gt=0)
     """Peak of one device for MFU; null looks the GPU up by name, or measures a matrix product on a CPU."""
 
@@ -293,6 +295,18 @@ def _batch_problems(c: Any) -> Iterator[str]:
         )
 
 
+def _compile_problems(c: Any) -> Iterator[str]:
+    wanted = {
+        "parallel.tensor_size": (c.parallel.tensor_size, c.parallel.tensor_size == 1),
+        "parallel.zero_stage": (c.parallel.zero_stage, c.parallel.zero_stage < 3),
+        "parallel.recompute": (c.parallel.recompute, c.parallel.recompute != "selective"),
+        "model.dropout": (c.model.dropout, c.model.dropout == 0),
+    }
+    for name, (value, fits) in wanted.items():
+        if c.train.compile and not fits:
+            yield f"train.compile = true: does not go with {name} = {value}; change it, or set train.compile=false"
+
+
 def _schedule_problems(c: Any) -> Iterator[str]:
     o, t = c.optim, c.train
     if o.schedule == "wsd" and not 0 < o.decay_steps <= t.num_steps:
@@ -315,6 +329,7 @@ _CHECKS = (
     _model_problems,
     _objective_problems,
     _batch_problems,
+    _compile_problems,
     layout_problems,
     _schedule_problems,
     data_problems,

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from esolm_megatron.config import Config, ConfigError, ModelConfig, with_values, world_problems
 from esolm_megatron.model.size import (
+    CAPACITY_MULTIPLE,
     KEPT_CHUNKS,
     LOGITS_PER_CHUNK,
     flops_per_step,
@@ -239,7 +240,7 @@ def _mask_places(config: Config) -> int:
 
 def _capacity_multiple(config: Config) -> int:
     p = config.parallel
-    return math.lcm(64, p.context_size * (p.tensor_size if p.sequence_parallel else 1))
+    return math.lcm(CAPACITY_MULTIPLE, p.context_size * (p.tensor_size if p.sequence_parallel else 1))
 
 
 def _rows(config: Config) -> tuple[int, int]:

@@ -60,8 +60,9 @@ def balanced_stages(
 ) -> tuple[int, ...]:
     """Layers of each stage, so that the slowest stage is as fast as it can be.
 
-    first_load, last_load: work of the embedding and of the head, in layers. Each stage gets at least one layer for each
-    of its chunks; where two splits are as fast, the later stage, which keeps fewer activations, gets the layer.
+    first_load, last_load: work of the embedding and of the head, in layers; negative where the last layer has less to do.
+    Each stage gets at least one layer for each of its chunks; where two splits are as fast, the later stage, which keeps
+    fewer activations, gets the layer.
     """
     layers = [num_chunks] * num_stages
     load = [float(num_chunks)] * num_stages

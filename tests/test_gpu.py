@@ -4,6 +4,7 @@ import pytest
 import torch
 from truth import MODERN, make_config, plain_loss, plain_model, share_of_step
 
+from esolm_megatron.model import flash
 from esolm_megatron.model.attention import mask_stream_attention
 from esolm_megatron.model.layers import PlainLinears
 from esolm_megatron.model.transformer import EsoLM
@@ -26,6 +27,12 @@ def test_mask_stream_in_bf16_is_the_fp32_one(capacity, length):
     theirs = torch.autograd.grad(truth, exact, grad.float())
     for a, b in zip(torch.autograd.grad(ours, rounded, grad.cuda()), theirs, strict=True):
         assert (a.float().cpu() - b).norm() / b.norm() < 0.01
+
+
+def test_some_flash_library_is_right_here():
+    device = torch.device("cuda")
+    assert "flash" in flash.choose(device)
+    assert flash.error_of(device) < 0.02
 
 
 @pytest.mark.parametrize("alpha_0", [0.0, 0.25, 1.0])

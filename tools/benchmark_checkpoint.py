@@ -57,7 +57,7 @@ class Training:
 
     def __init__(self, config: Config):
         self.config, self.step, self.engine = config, 0, Engine(config)
-        self.capacity = mask_capacity(LENGTH, config.objective.alpha_0, 64)
+        self.capacity = mask_capacity(LENGTH, config.objective.alpha_0)
 
     def draw(self) -> Noised:
         """A batch of random tokens."""

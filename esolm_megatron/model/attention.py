@@ -27,8 +27,8 @@ calls, on runs of tokens of varying length, laid end to end.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 aten = torch.ops.aten
+
+
+@dataclass
+class Kernels:
+    """What the flash kernels of a GPU can do; set once, by model/flash.py."""
+
+    shared_heads: bool = True
+    """They take fewer heads of keys and values than of queries."""
+
+
+KERNELS = Kernels()
 
 
 @dataclass(frozen=True)
@@ -85,11 +96,6 @@ class Runs:
         pieces = [x.split(self.query_sizes, 2) for x in queries] + [x.split(self.key_sizes, 2) for x in keys]
         return zip(*pieces, strict=True)
 
-    def to(self, device: torch.device) -> Runs:
-        """The same on a device."""
-        ends = [x.to(device, non_blocking=True) for x in (self.query_ends, self.key_ends)]
-        return Runs(self.query_sizes, self.key_sizes, *ends)
-
 
 @dataclass(frozen=True)
 class Part:
@@ -100,10 +106,16 @@ class Part:
     causal: bool
     runs: Runs | None = None
 
-    def to(self, device: torch.device) -> Part:
-        """The same on a device."""
-        queries, keys = (x.to(device) if isinstance(x, Tensor) else x for x in (self.queries, self.keys))
-        return Part(queries, keys, self.causal, None if self.runs is None else self.runs.to(device))
+
+def with_tensors(value: Any, how: Callable[[Tensor], Tensor]) -> Any:
+    """A dataclass (or tuple of them) with `how` of each tensor in it, at any depth, in the tensor's place."""
+    if isinstance(value, Tensor):
+        return how(value)
+    if isinstance(value, tuple) and value and is_dataclass(value[0]):
+        return tuple(with_tensors(x, how) for x in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return type(value)(**{name: with_tensors(x, how) for name, x in vars(value).items()})
+    return value
 
 
 def mask_parts(
@@ -146,10 +158,6 @@ class DocumentRuns:
         m = np.concatenate([x.ravel() for x in masks])
         return cls(whole, mask_parts(np.cumsum(m) - m, m, np.cumsum(n) - n, n))
 
-    def to(self, device: torch.device) -> DocumentRuns:
-        """The same on a device."""
-        return DocumentRuns(self.causal.to(device), tuple(part.to(device) for part in self.masks))
-
 
 def _ragged(
     query: NDArray[np.int64],
@@ -167,57 +175,122 @@ def _ragged(
     return Part(from_query, from_key, causal, Runs.of(queries, keys))
 
 
+@dataclass(frozen=True)
+class Stream:
+    """Mask streams of `rows` rows of equal length: which packed tokens they are, which their clean ones, and their calls."""
+
+    masks: slice
+    clean: slice
+    rows: int
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Calls:
+    """All that attention does for a layout: the first `causal` packed tokens as `rows` causal rows (of `runs`), and streams."""
+
+    causal: slice
+    rows: int
+    runs: Runs | None
+    streams: tuple[Stream, ...]
+
+    @classmethod
+    def of(cls, layout: PackedLayout, documents: DocumentRuns | None) -> Calls:
+        """With documents, all causal rows are one that is cut into runs, and so are all mask streams."""
+        length, count = layout.seq_length, layout.num_causal_rows
+        causal = slice(0, count * length)
+        if documents is not None:
+            clean = slice(layout.num_plain * length, causal.stop)
+            streams = (Stream(slice(causal.stop, layout.num_tokens), clean, 1, documents.masks),)
+            return cls(causal, 1, documents.causal, streams if layout.groups else ())
+        found, at, row = [], causal.stop, layout.num_plain
+        for rows, capacity in layout.groups:
+            masks, clean = slice(at, at + rows * capacity), slice(row * length, (row + rows) * length)
+            found.append(Stream(masks, clean, rows, _parts(capacity, length)))
+            at, row = masks.stop, row + rows
+        return cls(causal, count, None, tuple(found))
+
+
 class PackedAttention:
     """The `attend` argument of the network for one layout; inside documents only, where `documents` says how they lie."""
 
     def __init__(self, layout: PackedLayout, documents: DocumentRuns | None = None):
-        self.layout, self.documents = layout, documents
+        self.calls = Calls.of(layout, documents)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (T, N, D), k and v (T, G, D) -> (T, N, D)."""
-        if self.documents is not None:
-            return self._inside(self.documents, q, k, v)
-        length, count = self.layout.seq_length, self.layout.num_causal_rows
-        causal = count * length
-        sizes = [causal, *(rows * capacity for rows, capacity in self.layout.groups)]
-        streams = list(zip(*(x.split(sizes) for x in (q, k, v)), strict=True))  # one concatenation in backward
-        rows = [x.view(count, length, *x.shape[1:]).transpose(1, 2) for x in streams[0]]
-        parts = [causal_attention(*rows).transpose(1, 2).reshape(causal, *q.shape[1:])]
-        row = self.layout.num_plain
-        for (group_rows, capacity), stream in zip(self.layout.groups, streams[1:], strict=True):
-            masks = [x.view(group_rows, capacity, *x.shape[1:]).transpose(1, 2) for x in stream]
-            out = mask_stream_attention(*masks, *(x[row : row + group_rows] for x in rows[1:]))
-            parts.append(out.transpose(1, 2).reshape(group_rows * capacity, *q.shape[1:]))
-            row += group_rows
-        return torch.cat(parts)
+        return _Packed.apply(q, k, v, self.calls)
 
-    def _inside(self, documents: DocumentRuns, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The same, each document by itself: all rows are one row of B = 1, cut into runs."""
-        length, plain = self.layout.seq_length, self.layout.num_plain * self.layout.seq_length
-        causal = self.layout.num_causal_rows * length
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        k, v = _shared_heads(q, k, v)
-        out = _CausalRuns.apply(q[:, :, :causal], k[:, :, :causal], v[:, :, :causal], documents.causal)
-        if self.layout.groups:
-            masks, clean = (
-                [x[:, :, which] for x in (q, k, v)] for which in (slice(causal, None), slice(plain, causal))
-            )
-            out = torch.cat([out, _MaskStream.apply(*masks, *clean[1:], documents.masks)], dim=2)
-        return out[0].transpose(0, 1)
+
+class _Packed(torch.autograd.Function):
+    """One node for a whole packed row: autograd would make and add up a padded gradient for every slice of it."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, calls: Calls) -> Tensor:
+        scale = 1 / math.sqrt(q.shape[-1])
+        q_row, k_row, v_row = (_by_row(x, calls.causal, calls.rows) for x in (q, k, v))
+        out, lse = flash_forward(q_row, k_row, v_row, True, scale, calls.runs)
+        pieces, kept = [_flat(out)], [lse]
+        for stream in calls.streams:
+            merged, *sums = _mask_stream_forward(_of_stream(stream, q, k, v), stream.parts)
+            pieces.append(_flat(merged).to(q.dtype))
+            kept += sums
+        whole = _joined(pieces)
+        ctx.save_for_backward(q, k, v, whole, *kept)
+        ctx.calls = calls
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, *sums = ctx.saved_tensors
+        calls, grad, scale = ctx.calls, grad.contiguous(), 1 / math.sqrt(q.shape[-1])
+        g, q_row, k_row, v_row, o = (_by_row(x, calls.causal, calls.rows) for x in (grad, q, k, v, out))
+        pieces = [[_flat(x)] for x in flash_backward(g, q_row, k_row, v_row, o, lse, True, scale, calls.runs)]
+        for number, stream in enumerate(calls.streams):
+            g, o = (_by_row(x, stream.masks, stream.rows) for x in (grad, out))
+            total, p_self = sums[2 * number : 2 * number + 2]
+            *own, dk, dv = _mask_stream_backward(g, _of_stream(stream, q, k, v), o, total, p_self, stream.parts)
+            for piece, more in zip(pieces[1:], (dk, dv), strict=True):
+                piece[0][stream.clean] += _flat(more)
+            for piece, more in zip(pieces, own, strict=True):
+                piece.append(_flat(more))
+        return *(_joined(piece) for piece in pieces), None
+
+
+def _of_stream(stream: Stream, q: Tensor, k: Tensor, v: Tensor) -> Sequence[Tensor]:
+    """Queries, keys and values of the masks, keys and values of the clean tokens."""
+    masks = [_by_row(x, stream.masks, stream.rows) for x in (q, k, v)]
+    return masks + [_by_row(x, stream.clean, stream.rows) for x in (k, v)]
+
+
+def _by_row(x: Tensor, which: slice, rows: int) -> Tensor:
+    """(T, N, D) -> (rows, N, tokens of a row, D) of some tokens; a view."""
+    return x[which].unflatten(0, (rows, -1)).transpose(1, 2)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(rows, N, tokens of a row, D) -> (T, N, D)."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention under a causal mask. q (B, N, L, D); k, v (B, G, L, D) -> (B, N, L, D)."""
-    k, v = _shared_heads(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return F.scaled_dot_product_attention(q, _for_queries(k, q), _for_queries(v, q), is_causal=True)
 
 
-def _shared_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values repeated for the queries that share them (the kernels here want equal head counts)."""
-    times = q.shape[1] // k.shape[1]
-    if times == 1:
-        return k, v
-    return k.repeat_interleave(times, dim=1), v.repeat_interleave(times, dim=1)
+def _for_queries(x: Tensor, q: Tensor) -> Tensor:
+    """Keys or values (B, G, K, D) once for each of the queries' heads."""
+    times = q.shape[1] // x.shape[1]
+    return x if times == 1 else x.repeat_interleave(times, dim=1)
+
+
+def _for_keys(gradient: Tensor, k: Tensor) -> Tensor:
+    """A gradient (B, N, K, D) of each query head, summed over those that share a key."""
+    return gradient if gradient.shape[1] == k.shape[1] else gradient.unflatten(1, (k.shape[1], -1)).sum(2)
 
 
 def mask_stream_attention(q: Tensor, k_self: Tensor, v_self: Tensor, k_clean: Tensor, v_clean: Tensor) -> Tensor:
@@ -233,8 +306,6 @@ def mask_stream_of_parts(
     q: Tensor, k_self: Tensor, v_self: Tensor, k_clean: Tensor, v_clean: Tensor, *, parts: tuple[Part, ...]
 ) -> Tensor:
     """The same where `parts` say which clean keys each mask sees besides its own."""
-    k_self, v_self = _shared_heads(q, k_self, v_self)
-    k_clean, v_clean = _shared_heads(q, k_clean, v_clean)
     return _MaskStream.apply(q, k_self, v_self, k_clean, v_clean, parts)
 
 
@@ -250,68 +321,73 @@ class _MaskStream(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k_self: Tensor, v_self: Tensor, k_clean: Tensor, v_clean: Tensor, parts: tuple[Part, ...]
     ) -> Tensor:
-        scale = 1 / math.sqrt(q.shape[-1])
-        score = (q * k_self).sum(-1, dtype=_wide(q)) * scale
-        total, pieces = score.clone(), []
-        for part in parts:
-            out, lse = flash_forward(
-                q[:, :, part.queries], k_clean[:, :, part.keys], v_clean[:, :, part.keys], part.causal, scale, part.runs
-            )
-            pieces.append((part.queries, out, lse))
-            total[:, :, part.queries] = torch.logaddexp(total[:, :, part.queries], lse)
-        p_self = torch.exp(score - total)
-        merged = p_self[..., None] * v_self
-        for queries, out, lse in pieces:
-            merged[:, :, queries] += torch.exp(lse - total[:, :, queries])[..., None] * out
+        inputs = (q, k_self, v_self, k_clean, v_clean)
+        merged, *sums = _mask_stream_forward(inputs, parts)
         merged = merged.to(q.dtype)
-        ctx.save_for_backward(q, k_self, v_self, k_clean, v_clean, merged, total, p_self)
+        ctx.save_for_backward(*inputs, merged, *sums)
         ctx.parts = parts
         return merged
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k_self, v_self, k_clean, v_clean, merged, total, p_self = ctx.saved_tensors
-        scale, grad = 1 / math.sqrt(q.shape[-1]), grad.contiguous()
-        wide = _wide(q)
-        delta = (grad.to(wide) * (v_self.to(wide) - merged.to(wide))).sum(-1)
-        d_score = (p_self * delta * scale)[..., None]
-        dq = d_score * k_self
-        dk, dv = torch.zeros_like(k_clean), torch.zeros_like(v_clean)
-        for part in ctx.parts:
-            queries, keys = part.queries, part.keys
-            gq, gk, gv = flash_backward(
-                grad[:, :, queries],
-                q[:, :, queries],
-                k_clean[:, :, keys],
-                v_clean[:, :, keys],
-                merged[:, :, queries],
-                total[:, :, queries],
-                part.causal,
-                scale,
-                part.runs,
-            )
-            dq[:, :, queries] += gq
-            dk[:, :, keys] += gk
-            dv[:, :, keys] += gv
-        own = (d_score * q).to(q.dtype), (p_self[..., None] * grad).to(q.dtype)
-        return dq.to(q.dtype), *own, dk, dv, None
+        *inputs, merged, total, p_self = ctx.saved_tensors
+        return *_mask_stream_backward(grad.contiguous(), inputs, merged, total, p_self, ctx.parts), None
 
 
-class _CausalRuns(torch.autograd.Function):
-    """Causal attention inside each run of tokens. q, k, v (1, N, T, D)."""
+def _mask_stream_forward(inputs: Sequence[Tensor], parts: tuple[Part, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """The output in fp32 or better, and (B, N, C): its log-sum-exp, and the weight of the own key.
 
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, runs: Runs) -> Tensor:
-        out, lse = flash_forward(q, k, v, True, 1 / math.sqrt(q.shape[-1]), runs)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.runs = runs
-        return out
+    inputs: as `mask_stream_attention` has them.
+    """
+    q, k_self, v_self, k_clean, v_clean = inputs
+    scale = 1 / math.sqrt(q.shape[-1])
+    score = (q * _for_queries(k_self, q)).sum(-1, dtype=_wide(q)) * scale
+    total, pieces = score.clone(), []
+    for part in parts:
+        out, lse = flash_forward(
+            q[:, :, part.queries], k_clean[:, :, part.keys], v_clean[:, :, part.keys], part.causal, scale, part.runs
+        )
+        pieces.append((part.queries, out, lse))
+        total[:, :, part.queries] = torch.logaddexp(total[:, :, part.queries], lse)
+    p_self = torch.exp(score - total)
+    merged = p_self[..., None] * _for_queries(v_self, q)
+    for queries, out, lse in pieces:
+        share = torch.exp(lse - total[:, :, queries])[..., None]
+        if isinstance(queries, slice):
+            merged[:, :, queries].addcmul_(share, out.to(merged.dtype))
+        else:
+            merged[:, :, queries] += share * out
+    return merged, total, p_self
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        scale = 1 / math.sqrt(q.shape[-1])
-        return *flash_backward(grad.contiguous(), q, k, v, out, lse, True, scale, ctx.runs), None
+
+def _mask_stream_backward(
+    grad: Tensor, inputs: Sequence[Tensor], merged: Tensor, total: Tensor, p_self: Tensor, parts: tuple[Part, ...]
+) -> tuple[Tensor, ...]:
+    """Gradients of the inputs of `_mask_stream_forward`."""
+    q, k_self, v_self, k_clean, v_clean = inputs
+    scale, wide = 1 / math.sqrt(q.shape[-1]), _wide(q)
+    delta = (grad.to(wide) * (_for_queries(v_self, q).to(wide) - merged.to(wide))).sum(-1)
+    d_score = (p_self * delta * scale)[..., None]
+    dq = d_score * _for_queries(k_self, q)
+    dk, dv = torch.zeros_like(k_clean), torch.zeros_like(v_clean)
+    for part in parts:
+        queries, keys = part.queries, part.keys
+        gq, gk, gv = flash_backward(
+            grad[:, :, queries],
+            q[:, :, queries],
+            k_clean[:, :, keys],
+            v_clean[:, :, keys],
+            merged[:, :, queries],
+            total[:, :, queries],
+            part.causal,
+            scale,
+            part.runs,
+        )
+        dq[:, :, queries] += gq
+        dk[:, :, keys] += gk
+        dv[:, :, keys] += gv
+    own = _for_keys((d_score * q).to(q.dtype), k_self), _for_keys((p_self[..., None] * grad).to(q.dtype), v_self)
+    return dq.to(q.dtype), *own, dk, dv
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -323,11 +399,13 @@ def flash_forward(
 ) -> tuple[Tensor, Tensor]:
     """Attention and its natural log-sum-exp, from the device's flash kernel.
 
-    q (B, N, Q, D); k, v (B, N, K, D); causal only with Q = K. Returns (B, N, Q, D) and (B, N, Q) in fp32 (fp64 for
+    q (B, N, Q, D); k, v (B, G, K, D); causal only with Q = K. Returns (B, N, Q, D) and (B, N, Q) in fp32 (fp64 for
     fp64). runs: what is said for Q and K holds inside each run, with B = 1. CUDA kernels exist for bf16 and fp16, and take
     all runs at once; wider types on a GPU take the plain computation.
     """
     kernel = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    if not (kernel and KERNELS.shared_heads):
+        k, v = _for_queries(k, q), _for_queries(v, q)
     if runs is not None and kernel:
         rows = [x[0].transpose(0, 1) for x in (q, k, v)]
         out, lse = aten._flash_attention_forward(*rows, *_cuts(runs), 0.0, causal, False, scale=scale)[:2]
@@ -357,6 +435,10 @@ def flash_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v through the keys given here, where `out` and `lse` may come from more keys than these."""
     kernel = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    if not (kernel and KERNELS.shared_heads) and q.shape[1] != k.shape[1]:
+        dq, *shared = flash_backward(grad, q, _for_queries(k, q), _for_queries(v, q), out, lse, causal, scale, runs)
+        dk, dv = (_for_keys(x, k) for x in shared)
+        return dq, dk, dv
     if runs is not None and not kernel:
         pieces = [
             flash_backward(g, a, b, c, o, s, causal, scale)
@@ -383,7 +465,7 @@ def flash_backward(
         return dq, dk, dv
     none = torch.empty(0, dtype=torch.int32, device=q.device)
     return aten._scaled_dot_product_flash_attention_backward(
-        grad, q, k, v, out.contiguous(), lse.contiguous(), none, none, q.shape[2], k.shape[2], 0.0, causal, state, state,
+        grad, q, k, v, out, lse.contiguous(), none, none, q.shape[2], k.shape[2], 0.0, causal, state, state,
         scale=scale,
     )  # fmt: skip
 

@@ -76,11 +76,6 @@ class LastBlock:
         within = torch.searchsorted(own, places[places % size == rank])
         return replace(self, fed=fed, within=within, slots=slots)
 
-    def to(self, device: torch.device) -> LastBlock:
-        """The same on a device."""
-        tensors = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, parts=tuple(part.to(device) for part in self.parts), **tensors)
-
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (F, N, D) of all that is fed together, k and v (T, G, D) of all tokens -> (F, N, D), 0 at repetitions."""
         own = [x.index_select(0, index) for x, index in ((q, self.slots), (k, self.tokens), (v, self.tokens))]

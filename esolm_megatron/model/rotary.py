@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,5 +24,30 @@ def rotary_tables(positions: Tensor, head_dim: int, base: float, dtype: torch.dt
 def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """x (T, heads, head_dim), turned by its positions."""
     cos, sin = tables
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    if torch.compiler.is_compiling():  # which fuses this, and its backward
+        first, second = x.chunk(2, dim=-1)
+        return x * cos + torch.cat([-second, first], dim=-1) * sin
+    return _Rotate.apply(x, cos, sin)
+
+
+class _Rotate(torch.autograd.Function):
+    """Written in halves: the plain formula makes five tensors of the size of x, and as many more in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(grad, cos, sin, -1), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    half = x.shape[-1] // 2
+    (a, b), (c, d), cos, sin = x.split(half, -1), out.split(half, -1), cos[..., :half], sin[..., :half]
+    torch.mul(a, cos, out=c).addcmul_(b, sin, value=-direction)
+    torch.mul(b, cos, out=d).addcmul_(a, sin, value=direction)
+    return out

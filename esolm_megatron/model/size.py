@@ -18,6 +18,10 @@ LOGITS_PER_CHUNK, KEPT_CHUNKS = 2**25, 4
 """Logits that the loss makes at once, and how many such chunks it keeps for the backward pass (model/loss.py)."""
 
 
+CAPACITY_MULTIPLE = 16
+"""What the places of a mask stream are a multiple of: rows of packed tokens then start where matrix kernels like it."""
+
+
 def layer_parameters(model: ModelConfig, tensor_size: int = 1) -> int:
     """Parameters of one block that a tensor rank holds.
 
@@ -66,7 +70,7 @@ def num_parameters(model: ModelConfig) -> int:
     return stage_parameters(model, model.num_layers)
 
 
-def mask_capacity(seq_length: int, alpha_0: float, multiple: int = 64) -> int:
+def mask_capacity(seq_length: int, alpha_0: float, multiple: int = CAPACITY_MULTIPLE) -> int:
     """Places of a sequential row's mask stream: mean plus six standard deviations of the number of masks, rounded up."""
     mean = seq_length * (1 - alpha_0)
     bound = mean + 6 * math.sqrt(mean * alpha_0)
@@ -189,7 +193,7 @@ def layers_of_stages(config: Config) -> tuple[int, ...]:
     """Layers of each pipeline stage: parallel.layers_per_stage, or the split that balances arithmetic.
 
     The head counts as 2 H V FLOPs for each place with loss, the embedding as 2 H for each token (it is read and added
-    to), a layer as all its products for all packed tokens.
+    to), a layer as all its products for all packed tokens, less in the last one what only places with loss need.
     """
     m, p = config.model, config.parallel
     if p.layers_per_stage is not None:
@@ -203,7 +207,7 @@ def layers_of_stages(config: Config) -> tuple[int, ...]:
         p.pipeline_size,
         p.virtual_pipeline_size,
         first_load=tokens * 2 * m.hidden_size / layer,
-        last_load=places * _head_flops(m) / layer,
+        last_load=places * (_head_flops(m) + _query_flops(m)) / layer - tokens * _query_flops(m) / layer,
     )
 
 

@@ -55,17 +55,18 @@ class Attention(nn.Module):
             self.q_norm = Norm(config, linears, width, kind="rmsnorm", per_head=True)
             self.k_norm = Norm(config, linears, width, kind="rmsnorm", per_head=True)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, fed: Tensor | None) -> Tensor:
-        """(T', 1, H) -> (T', 1, H), or (P', 1, H) for the P tokens `fed` if only their queries are wanted."""
+    def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """(T', 1, H) -> queries (T, N, D), keys and values (T, G, D)."""
         y = self.qkv(x).contiguous()  # attention kernels want it so; see `matmul`
         tokens = y.shape[0]
         y = y.view(tokens, self.kv_heads, self.queries + 2, self.head_dim)
-        q = y[:, :, : self.queries].reshape(tokens, self.kv_heads * self.queries, self.head_dim)
-        k, v = y[:, :, self.queries], y[:, :, self.queries + 1]
+        q, k, v = (x.flatten(1, 2) for x in y.split([self.queries, 1, 1], dim=2))  # one concatenation in backward
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, rope), rotate(k, rope)
-        mixed = attend(self.layer, q if fed is None else q.index_select(0, fed), k, v)
+        return rotate(q, rope), rotate(k, rope), v
+
+    def forward(self, mixed: Tensor) -> Tensor:
+        """(P, N, D), what queries found, -> (P', 1, H)."""
         return self.out(mixed.reshape(len(mixed), 1, -1))
 
 
@@ -85,10 +86,25 @@ class Block(nn.Module):
         self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, ids: Tensor | None, fed: Tensor | None = None
     ) -> Tensor:
         """(T', 1, H) -> (T', 1, H), or (P', 1, H) for the P tokens `fed`, to which `ids` then belong."""
-        mixed = self.attention(self.norm1(x), rope, attend, fed)
+        q, k, v = self._before(x, rope)
+        mixed = attend(self.layer, q if fed is None else q.index_select(0, fed), k, v)
         if fed is not None:
             x = self.linears.scatter_tokens(self.linears.gather_tokens(x).index_select(0, fed))
-        x = x + self._drop(mixed, ids, 1)
+        return self._after(x, mixed, ids)
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile what lies before and after attention, a graph each; blocks of one shape share them.
+
+        Attention itself is kernels already, and other parts of a block than these have no arithmetic.
+        """
+        self._before = torch.compile(self._before, fullgraph=True, **options)  # type: ignore[method-assign]
+        self._after = torch.compile(self._after, fullgraph=True, **options)  # type: ignore[method-assign]
+
+    def _before(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        return self.attention.project(self.norm1(x), rope)
+
+    def _after(self, x: Tensor, mixed: Tensor, ids: Tensor | None) -> Tensor:
+        x = x + self._drop(self.attention(mixed), ids, 1)
         if self.recompute_mlp and torch.is_grad_enabled():
             y = checkpoint(self._mlp, x, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -159,7 +175,7 @@ class EsoLM(nn.Module):
             ids = self.linears.own_tokens(dropout_ids)
             last_ids = None if last is None else self.linears.own_tokens(dropout_ids.index_select(0, last.fed))
         if self.first:
-            x = self.linears.scatter_tokens(self.embedding(tokens[None]).transpose(0, 1).contiguous())
+            x = self.linears.scatter_tokens(self.embedding(tokens[None]).view(len(tokens), 1, -1))
             x = x if ids is None else hashed_dropout(x, ids, 0, self.shape.dropout)
         else:
             assert self.input_tensor is not None, "a later stage needs set_input_tensor first"

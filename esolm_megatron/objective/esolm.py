@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from esolm_megatron.config import ObjectiveConfig
-from esolm_megatron.model.attention import DocumentRuns, PackedAttention, PackedLayout
+from esolm_megatron.model.attention import DocumentRuns, PackedAttention, PackedLayout, with_tensors
 from esolm_megatron.model.last import LastBlock
 from esolm_megatron.objective.noise import antithetic_times, elbo_weight, uniforms, words
 from esolm_megatron.objective.order import clean_random_then_left_to_right, clean_then_masked_random, random_order
@@ -102,9 +102,11 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same on a device."""
-        tensors = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        documents = None if self.documents is None else self.documents.to(device)
-        return PackedBatch(layout=self.layout, last=self.last.to(device), documents=documents, **tensors)
+        return with_tensors(self, lambda x: x.to(device, non_blocking=True))
+
+    def pinned(self) -> PackedBatch:
+        """The same in page-locked memory, whence it is copied to a GPU beside other work."""
+        return with_tensors(self, lambda x: x.pin_memory() if x.numel() else x)
 
     @property
     def attend(self) -> PackedAttention:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from esolm_megatron.checkpoint import Checkpoint, Piece
 from esolm_megatron.config import Config
+from esolm_megatron.model import flash
 from esolm_megatron.objective.esolm import Noised, OrderedRows, PackedBatch, mean_loss, pack
 from esolm_megatron.parallel import groups, pipeline, replicas, zero
 from esolm_megatron.parallel.context import own_share
@@ -36,6 +37,14 @@ class StepResult:
     grad_norm: float
 
 
+@dataclass(frozen=True)
+class Staged:
+    """A rank's share of one step, cut to what it feeds itself, and ready to be copied to its device."""
+
+    shares: list[PackedBatch]
+    num_valid: Tensor
+
+
 class Engine:
     """A model that is split over processes, with its optimizer."""
 
@@ -43,6 +52,7 @@ class Engine:
         """Join the run that the environment describes, and build this rank's share from config.seed."""
         self.config = config
         self.topology, self.device = groups.start(config)
+        self.kernels = flash.choose(self.device)
         megatron = megatron_config(config, self.device)
         self.chunks = pipeline.build_chunks(config, megatron, self.topology, self.device)
         self.owned = zero.owned_parameters(config, self.chunks, self.topology)
@@ -60,24 +70,30 @@ class Engine:
         """On each replica's last stage, the first tensor rank of each context rank, which alone saw its tokens."""
         return self.topology.stage == self.topology.pipeline_size - 1 and self.topology.tensor_rank == 0
 
-    def forward_backward(self, noised: Noised) -> Tensor:
+    def stage(self, noised: Noised) -> Staged:
+        """`noised` made ready for a step; no collective and nothing on the device, so that a thread may do it ahead."""
+        rank, size = self.topology.context_rank, self.topology.context_size
+        multiple = self.topology.tensor_size  # of tokens, which sequence parallelism cuts
+        shares = [own_share(batch, rank, size, multiple) for batch in noised.micro_batches]
+        return Staged([x.pinned() for x in shares] if self.device.type == "cuda" else shares, noised.num_valid)
+
+    def forward_backward(self, noised: Noised | Staged) -> Tensor:
         """Add up gradients of one global batch, of which `noised` is this rank's share.
 
         Returns the global (3,) fp64: loss, diffusion part, sequential part, each per valid token of its rows.
         """
-        num_valid = self._over_replicas(noised.num_valid)
-        scale = len(noised.micro_batches) * self.topology.data_size  # the schedule and DeepSpeed take means
+        staged = noised if isinstance(noised, Staged) else self.stage(noised)
+        num_valid = self._over_replicas(staged.num_valid)
+        scale = len(staged.shares) * self.topology.data_size  # the schedule and DeepSpeed take means
         with self.work:
-            kept = self._run(noised.micro_batches, pipeline.loss_outcome(num_valid, scale), forward_only=False)
+            kept = self._run(staged, pipeline.loss_outcome(num_valid, scale), forward_only=False)
         if self.config.parallel.zero_stage < 2:  # the others are finished as they come
             zero.finish_gradients(self.config, self.chunks, self.state.gradients(), self.topology)
         return self._report(kept, num_valid)
 
-    def _run(self, batches: list[PackedBatch], outcome: pipeline.Outcome, **options: bool) -> list[Tensor]:
-        """`pipeline.run` on this context rank's share of whole micro-batches."""
-        rank, size = self.topology.context_rank, self.topology.context_size
-        multiple = self.topology.tensor_size  # of tokens, which sequence parallelism cuts
-        shares = [own_share(batch, rank, size, multiple).to(self.device) for batch in batches]
+    def _run(self, staged: Staged, outcome: pipeline.Outcome, **options: bool) -> list[Tensor]:
+        """`pipeline.run` on this rank's shares of micro-batches."""
+        shares = [share.to(self.device) for share in staged.shares]
         through = self.deepspeed if self.config.parallel.zero_stage >= 2 else None
         return pipeline.run(self.chunks, shares, outcome, through=through, **options)  # type: ignore[arg-type]
 
@@ -89,7 +105,7 @@ class Engine:
     def evaluate(self, noised: Noised) -> tuple[Tensor, Tensor]:
         """(2,) fp64 weighted loss sums of both parts over all replicas, and the (2,) valid tokens they belong to."""
         num_valid = self._over_replicas(noised.num_valid)
-        kept = self._run(noised.micro_batches, pipeline.loss_outcome(num_valid, 1.0), forward_only=True)
+        kept = self._run(self.stage(noised), pipeline.loss_outcome(num_valid, 1.0), forward_only=True)
         return self._sums(kept), num_valid
 
     def _over_replicas(self, counts: Tensor) -> Tensor:
@@ -132,8 +148,8 @@ class Engine:
     def _logits(self, batch: PackedBatch) -> Tensor:
         """(M, V) fp32 on the CPU of every rank."""
         top, vocab = self.topology, self.config.model.vocab
-        copies = [batch] * top.pipeline_size  # the interleaved schedule takes no fewer
-        kept = self._run(copies, pipeline.logits_outcome, forward_only=True, want_logits=True)
+        copies = Noised([batch] * top.pipeline_size, torch.zeros(2))  # the interleaved schedule takes no fewer
+        kept = self._run(self.stage(copies), pipeline.logits_outcome, forward_only=True, want_logits=True)
         local = padded_vocab(vocab, top.tensor_size) // top.tensor_size
         whole = torch.zeros(len(batch.places), local * top.tensor_size, device=self.device)
         if kept and top.data_rank == 0:
@@ -166,7 +182,7 @@ class Engine:
         groups.stop()
 
     def try_step(
-        self, noised: Noised, lr: float, problem_of: Callable[[float, float], str | None]
+        self, noised: Noised | Staged, lr: float, problem_of: Callable[[float, float], str | None]
     ) -> tuple[StepResult, str | None]:
         """One optimizer step, unless `problem_of(loss, grad_norm)` has an objection on any rank; returns it too.
 

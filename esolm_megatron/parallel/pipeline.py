@@ -13,17 +13,20 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from esolm_megatron.config import Config
+from esolm_megatron.model.layers import Linears, PlainLinears
 from esolm_megatron.model.size import layers_of_stages
 from esolm_megatron.model.transformer import EsoLM, initialise
 from esolm_megatron.objective.esolm import PackedBatch, mean_loss, part_sums
 from esolm_megatron.parallel.context import ContextAttention, ContextLastBlock
-from esolm_megatron.parallel.layers import MegatronLinears
+from esolm_megatron.parallel.layers import DTYPES, MegatronLinears
 from esolm_megatron.topology import Topology, layers_of_chunk
 
 
 def build_chunks(config: Config, megatron: TransformerConfig, topology: Topology, device: torch.device) -> list[EsoLM]:
     """This stage's chunks of the network, initialised from config.seed."""
-    linears = MegatronLinears(megatron, topology, device)
+    linears: Linears = MegatronLinears(megatron, topology, device)
+    if config.train.compile:  # megatron-core's layers are not one graph; without tensor ranks they are plain ones
+        linears = PlainLinears(DTYPES[config.train.precision], device)
     num_stages, num_chunks = topology.pipeline_size, config.parallel.virtual_pipeline_size
     stages = layers_of_stages(config)
     chunks = []
@@ -37,6 +40,9 @@ def build_chunks(config: Config, megatron: TransformerConfig, topology: Topology
             recompute=config.parallel.recompute,
         )
         initialise(model, config.seed)
+        for block in model.layers.values():
+            if config.train.compile:
+                block.compile()
         # what megatron-core's schedules look up on a model
         model.config, model.model_type = megatron, ModelType.encoder_or_decoder  # type: ignore[assignment]
         model.vp_stage = chunk if num_chunks > 1 else None  # type: ignore[assignment]

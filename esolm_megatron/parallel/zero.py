@@ -31,9 +31,10 @@ from esolm_megatron.topology import Topology
 def deepspeed_config(config: Config) -> dict[str, Any]:
     """DeepSpeed's settings for a run."""
     p, bucket = config.parallel, config.parallel.reduce_bucket_elements
+    on_gpu = torch.cuda.is_available() and config.train.device != "cpu"
     zero: dict[str, Any] = {
         "stage": max(p.zero_stage, 1),
-        "overlap_comm": False,
+        "overlap_comm": p.zero_stage >= 2 and on_gpu,  # before, all is reduced after the last backward pass
         "contiguous_gradients": True,
         "reduce_scatter": True,
         "round_robin_gradients": False,

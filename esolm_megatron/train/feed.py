@@ -17,6 +17,7 @@ import numpy as np
 from esolm_megatron.config import Config, ConfigError, UserError
 from esolm_megatron.data.identity import changes
 from esolm_megatron.data.mixture import ONLY_SOURCE, first_difference, phases_of, sources_of
+from esolm_megatron.data.prefetch import Prefetch
 from esolm_megatron.data.shards import DataError
 from esolm_megatron.data.stream import Batch, TokenStream, ValidationSet
 from esolm_megatron.parallel.engine import Engine
@@ -39,26 +40,29 @@ def open_stream(config: Config, engine: Engine) -> TokenStream:
 
 
 class Feed:
-    """The batches of a run, on every rank. `failure` is set once this rank could not get one."""
+    """The batches of a run, on every rank. They are taken ahead of their steps, so what was wrong is kept by number."""
 
     def __init__(self, config: Config, engine: Engine, guard: Guard):
         self.config, self.engine, self.guard = config, engine, guard
-        self.failure: Exception | None = None
+        self._failures: dict[int, Exception] = {}
+        self._damage: dict[int, tuple[Any, ...]] = {}
+        self._prefetch: Prefetch | None = None
         self.blank: Batch = _blank(config, engine)
         self.corrupt_rows = 0
         self.stream = open_stream(config, engine) if engine.reads else None
         self.facts: dict[str, Any] = engine.from_first_rank(self.stream.facts() if self.stream else None)
         self.patience_s: float = engine.from_first_rank(self.stream.patience_s() if self.stream else None)
         """Seconds after which a batch has come, or failed."""
-        self._damage: tuple[Any, ...] = ()
 
     def batches(self, first: int) -> Generator[tuple[int, Batch]]:
         """(number, batch) of this replica from number `first` on, without those that the guard leaves out. For ever."""
+        self._failures.clear()  # those of batches that were taken ahead of a rollback, and never fed
+        self._damage.clear()
         with closing(self._read(first)) as read:
             for number, found in kept(read, first, self.guard):
-                batch = _shared(self.engine, self._mine(found), self.blank)
-                if batch is None and self.failure is None:
-                    self.failure = DataError("the rank that reads for this one failed")
+                batch = _shared(self.engine, self._mine(number, found), self.blank)
+                if batch is None and number not in self._failures:
+                    self._failures[number] = DataError("the rank that reads for this one failed")
                 yield number, self.blank if batch is None else batch
 
     def _read(self, first: int) -> Generator[Batch | Exception | None]:
@@ -67,21 +71,33 @@ class Feed:
             while True:
                 yield None
         with self.stream.prefetch(first) as batches:
+            self._prefetch = batches
             while True:
                 try:
                     yield next(batches)
                 except Exception as error:
                     yield error
 
-    def _mine(self, batch: Batch | Exception | None) -> Batch | None:
+    def _mine(self, number: int, batch: Batch | Exception | None) -> Batch | None:
         if isinstance(batch, Exception):
-            self.failure, batch = batch, None
-        self._damage = () if batch is None else batch.damage
+            self._failures[number] = batch
+            return None
+        if batch is not None and batch.damage:
+            self._damage[number] = batch.damage
         return batch
 
-    def flags(self) -> list[float]:
-        """Of the batch at hand on this rank: whether it could not be read, and its blank rows."""
-        return [float(self.failure is not None), float(len(self._damage))]
+    def stop_reading(self) -> None:
+        """Let `batches` end, from another thread than the one that waits in it; call it before its `close`."""
+        if self._prefetch is not None:
+            self._prefetch.close()
+
+    def failed(self, number: int) -> bool:
+        """Whether this rank could not get a batch."""
+        return number in self._failures
+
+    def flags(self, number: int) -> list[float]:
+        """Of a batch on this rank: whether it could not be read, and its blank rows."""
+        return [float(self.failed(number)), float(len(self._damage.get(number, ())))]
 
     def settle(self, number: int, flags: np.ndarray) -> None:
         """Act on all ranks' flags for batch `number`: list blank rows in events.jsonl, and end the run if it must.
@@ -90,13 +106,14 @@ class Feed:
             DataError: on every rank, for a batch that one could not read, or for too many blank rows.
         """
         if flags[:, 0].any():
-            own = _text(self.failure) if self.stream is not None and self.failure is not None else ""
+            failure = self._failures.get(number)
+            own = _text(failure) if self.stream is not None and failure is not None else ""
             said = [f"rank {rank}: {text}" for rank, text in enumerate(self.engine.everywhere(own)) if text]
-            if own and self.failure is not None:
-                raise self.failure
+            if own and failure is not None:
+                raise failure
             raise DataError("\n".join(said))
         if flags[:, 1].any():
-            found = [asdict(damage) for part in self.engine.everywhere(self._damage) for damage in part]
+            found = [asdict(damage) for part in self.engine.everywhere(self._damage.pop(number, ())) for damage in part]
             for damage in sorted(found, key=lambda d: d["row"]):
                 self.guard.event("corrupt_row", batch=number, **damage)
             self.corrupt_rows += len(found)

@@ -6,9 +6,9 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,12 @@ from esolm_megatron.config import Config, ConfigError, dump
 from esolm_megatron.data.cache import open_folder
 from esolm_megatron.data.mixture import sources_of
 from esolm_megatron.data.stream import Batch
-from esolm_megatron.model.size import flops_per_step, mask_capacity
+from esolm_megatron.model.size import CAPACITY_MULTIPLE, flops_per_step, mask_capacity
 from esolm_megatron.objective.esolm import Noised, document_numbers, draw_step, draw_validation, mean_loss
-from esolm_megatron.parallel.engine import Engine, StepResult
+from esolm_megatron.parallel.engine import Engine, Staged, StepResult
 from esolm_megatron.parallel.replicas import verdict
 from esolm_megatron.train import preflight
+from esolm_megatron.train.ahead import Ahead
 from esolm_megatron.train.ending import Ending, mark, mark_running
 from esolm_megatron.train.feed import Feed, ValidationFeed
 from esolm_megatron.train.guard import Guard, batches_done
@@ -113,11 +114,11 @@ class _Run:
         self.loss: float | None = None
         self.nelbo: float | None = None
         self.step, self.saved, self.started = 0, 0, False
-        self.noised_by = _noising(config, engine)
 
     def go(self) -> Outcome:
         """The run, from its newest checkpoint to its end."""
         config, engine, t = self.config, self.engine, self.config.train
+        noised_by = _noising(config, engine)
         self.feed = Feed(config, engine, self.guard)
         self.watchdog.patience_s = self.feed.patience_s
         self.step = self.saved = resume(config, engine, self.feed)
@@ -139,24 +140,24 @@ class _Run:
         with Saver(config, engine) as self.saver:
             while ending is None:  # once more after each rollback
                 first = self.guard.batch_of(self.step)
-                with closing(self.feed.batches(first)) as batches:
-                    ending, detail = self._train_on(batches)
+                with Ahead(self.feed, first, lambda batch, step: engine.stage(noised_by(batch, step))) as ahead:
+                    ending, detail = self._train_on(ahead)
             with self.watchdog.slow("saving"):
                 self.saver.drain()
         self.metrics.close()
         self.feed.close()
         return Outcome(self.step, ending, detail, self.loss, self.nelbo)
 
-    def _train_on(self, batches: Iterator[tuple[int, Batch]]) -> tuple[Ending | None, str]:
+    def _train_on(self, ahead: Ahead[Staged]) -> tuple[Ending | None, str]:
         """Steps until the run ends, or goes back to a checkpoint (None)."""
         config, engine, guard, t = self.config, self.engine, self.guard, self.config.train
         fresh = True
-        for number, batch in batches:
-            noised = self.noised_by(batch, self.step + 1)
+        while True:
+            number, staged = ahead.next(self.step + 1)
             lr = learning_rate(self.step, config.optim, t.num_steps)
-            result, problem = engine.try_step(noised, lr, self._objection)
+            result, problem = engine.try_step(staged, lr, partial(self._objection, number))
             flags = [float(self.stop.signal is not None), float(self.saver.failed)]
-            table = engine.table([result.loss, engine.work.seconds(), *flags, *self.feed.flags()])
+            table = engine.table([result.loss, engine.work.seconds(), *flags, *self.feed.flags(number)])
             self.feed.settle(number, table[:, 4:])
             stopping = bool(table[:, 2].any())
             if table[:, 3].any():
@@ -175,7 +176,7 @@ class _Run:
                 self.stragglers.add(table[:, 1])
                 seconds = self.clock.spent("step" if self.step > self.metrics.reached else "repeated")
                 self.watchdog.step_done(self.step, None if fresh else seconds)
-                self._report(result, lr, first=fresh)
+                self._report(result, lr, ahead, first=fresh)
                 if fresh:
                     self.saver.reserve(engine.pieces())  # moments exist from the first step on
             fresh = False
@@ -184,12 +185,14 @@ class _Run:
                 return Ending.FINISHED, ""
             if stopping:
                 return Ending.STOPPED, "a signal asked for it"
-        raise AssertionError("batches never end")
 
-    def _report(self, result: StepResult, lr: float, *, first: bool) -> None:
+    def _report(self, result: StepResult, lr: float, ahead: Ahead[Staged], *, first: bool) -> None:
         config, step = self.config, self.step
         if due(step, config.train.log_every_steps) or step == config.train.num_steps or first:
-            facts = {**self.stragglers.report(), **self.clock.shares()}
+            facts = {**self.stragglers.report(), **self.clock.shares(), "data_wait_s": round(ahead.waited, 4)}
+            facts["drawn_ahead"] = ahead.drawn
+            if first:
+                facts["attention"] = self.engine.kernels
             facts["sources"] = self.feed.counts(self.guard.batch_of(step))
             if self.feed.corrupt_rows:
                 facts["corrupt_rows"] = self.feed.corrupt_rows
@@ -217,11 +220,11 @@ class _Run:
             self.saved = step
             self.clock.spent("saving")
 
-    def _objection(self, loss: float, norm: float) -> str | None:
+    def _objection(self, number: int, loss: float, norm: float) -> str | None:
         """Why a step must not be made; asked on all ranks, after backward and before the update."""
         if due(self.step + 1, self.config.guard.checksum_every_steps) and self.engine.topology.data_size > 1:
             self.corruption = self.engine.disagreements()
-        if self.feed.failure is not None:
+        if self.feed.failed(number):
             return "a batch that could not be read"
         return "corrupted weights" if self.corruption else self.guard.problem(loss, norm)
 
@@ -285,7 +288,9 @@ def _set_aside(run_dir: Path, steps: Sequence[int], number: int) -> None:
 def _noising(config: Config, engine: Engine) -> Callable[[Batch, int], Noised]:
     """A function of this rank's batch and the step (from 1) it makes: the batch with the noise of that step."""
     top, t = engine.topology, config.train
-    multiple = math.lcm(64, top.token_multiple)  # sequence and context parallelism cut the packed row evenly
+    multiple = math.lcm(
+        CAPACITY_MULTIPLE, top.token_multiple
+    )  # sequence and context parallelism cut the packed row evenly
     capacity = mask_capacity(config.model.seq_length, config.objective.alpha_0, multiple)
 
     def noised(batch: Batch, step: int) -> Noised:

@@ -1,0 +1,74 @@
+"""Kernels are tried before they are trusted, and a step calls them as often as it must."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from truth import MODERN, REFERENCE, make_config, plain_model, share_of_step
+
+from esolm_megatron.model import attention, flash
+from esolm_megatron.objective.esolm import mean_loss, part_sums
+
+CPU = torch.device("cpu")
+
+
+def test_a_cpu_has_one_library():
+    assert flash.choose(CPU) == "torch's flash attention for CPUs"
+    assert flash.error_of(CPU) < 0.01, "bf16 against fp32"
+
+
+@pytest.mark.parametrize("wrong", ["forward", "backward", "nan"])
+def test_a_wrong_kernel_is_noticed(monkeypatch, wrong):
+    """Of the mask stream's calls alone, so that a kernel that fails on merged log-sum-exps is found out."""
+    forward, backward = attention.flash_forward, attention.flash_backward
+
+    def bad_forward(q, *rest):
+        out, lse = forward(q, *rest)
+        factor = {"forward": 1.1, "nan": float("nan")}.get(wrong, 1.0)
+        return (out * factor if q.dtype == torch.bfloat16 and q.shape[2] < 128 else out), lse
+
+    def bad_backward(grad, q, *rest):
+        dq, dk, dv = backward(grad, q, *rest)
+        return (dq * 1.2 if wrong == "backward" and q.dtype == torch.bfloat16 and q.shape[2] < 128 else dq), dk, dv
+
+    monkeypatch.setattr(attention, "flash_forward", bad_forward)
+    monkeypatch.setattr(attention, "flash_backward", bad_backward)
+    assert flash.error_of(CPU) > 0.02
+
+
+class Operators(TorchDispatchMode):
+    """How often each operator runs, and the elements that zeros and copies of gradients fill."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        self.calls[name] = self.calls.get(name, 0) + 1
+        return function(*args, **(kwargs or {}))
+
+
+def calls_of_step(shape, alpha_0, num_layers):
+    config = make_config(shape | {"num_layers": num_layers, "seq_length": 160}, objective={"alpha_0": alpha_0})
+    model, noised = plain_model(config), share_of_step(config, 0, num_micro_batches=1)
+    (batch,) = noised.micro_batches
+    with Operators() as seen:
+        losses = model(batch.tokens, batch.positions, batch.attend, targets=batch.targets, last=batch.last)
+        mean_loss(part_sums(losses, batch), noised.num_valid).backward()
+    return seen.calls
+
+
+@pytest.mark.parametrize(("shape", "alpha_0", "most"), [
+    (REFERENCE, 1.0, 44), (REFERENCE, 0.5, 100), (REFERENCE, 0.0, 87), (MODERN, 1.0, 131), (MODERN, 0.5, 205),
+])  # fmt: skip
+def test_operators_of_a_block(shape, alpha_0, most):
+    """A block more costs this many operators that compute, forward and backward; views are free."""
+    views = {"view", "t", "transpose", "slice", "split", "split_with_sizes", "detach", "unsqueeze", "_unsafe_view", "expand",
+             "permute", "alias", "select", "squeeze", "as_strided", "empty", "empty_like", "reshape"}  # fmt: skip
+    few, many = (calls_of_step(shape, alpha_0, layers) for layers in (2, 3))
+    more = {name: many[name] - few.get(name, 0) for name in many if name not in views and many[name] > few.get(name, 0)}
+    flash_calls = [v for k, v in more.items() if "flash_attention" in k]
+    parts = {1.0: 1, 0.5: 3, 0.0: 2}[alpha_0]  # the causal rows; with masks, past keys (if any) and recent ones
+    assert flash_calls == [parts, parts]
+    assert more.get("mm", 0) + more.get("addmm", 0) == 4 * 3
+    assert sum(more.values()) <= most, more
