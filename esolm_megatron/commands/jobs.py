@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -94,11 +95,13 @@ def run_jobs(args: argparse.Namespace) -> int:
     if len(args.words) > 1:
         raise ConfigError(f"{' '.join(args.words)}: give one folder, or stop, requeue or logs and a run folder")
     folder = Path(args.words[0] if args.words else "runs")
-    while True:
-        found = table.rows(folder)
-        if args.watch:
-            Console().clear()
-        show(table.as_table(found), lambda: table.as_dict(found), args.json)  # noqa: B023 - used at once
-        if not args.watch:
-            return 0
-        time.sleep(args.every)
+    with suppress(KeyboardInterrupt):  # the way to leave --watch
+        while True:
+            found = table.rows(folder)
+            if args.watch:
+                Console().clear()
+            show(table.as_table(found), lambda: table.as_dict(found), args.json)  # noqa: B023 - used at once
+            if not args.watch:
+                break
+            time.sleep(args.every)
+    return 0

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from esolm_megatron.config import Config
+
+logger = logging.getLogger(__name__)
 
 # Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets.
 _GPU_PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "A6000": 155e12}
@@ -148,8 +152,20 @@ class Metrics:
     def _write(self, step: int, values: dict[str, Any]) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
-        if self.wandb is not None:
-            self.wandb.log(values, step=step)
+        self._tell_wandb(lambda run: run.log(values, step=step))
+
+    def _tell_wandb(self, what: Callable[[Any], object]) -> None:
+        """Do `what` with wandb's run. If that fails, the training goes on without wandb; metrics.jsonl has it all.
+
+        Its service is a process that dies of the signals by which a scheduler asks a run to save.
+        """
+        if self.wandb is None:
+            return
+        try:
+            what(self.wandb)
+        except Exception as error:
+            self.wandb = None
+            logger.warning("wandb gets nothing more: %s: %s", type(error).__name__, error)
 
     def _show(self, step: int, values: dict[str, Any], seconds_left: float) -> None:
         left = time.strftime("%H:%M:%S", time.gmtime(seconds_left))
@@ -165,8 +181,7 @@ class Metrics:
             return
         self.progress.stop()
         plot_loss(self.path, self.config.run_dir / "loss.png")
-        if self.wandb is not None:
-            self.wandb.finish()
+        self._tell_wandb(lambda run: run.finish())
 
 
 def _drop_after(path: Path, step: int) -> list[int]:

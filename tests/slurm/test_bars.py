@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -104,6 +106,29 @@ def test_preempted_by_a_more_important_job_it_comes_back(login, whole):
     assert (first["how"], second["how"]) == ("stopped", "finished")
     assert second["step"] >= 50, "it had time to save"
     assert login.losses(run) == whole
+
+
+def test_requeued_by_hand_it_is_watched_and_stays_one_run_of_wandb(login, whole):
+    (_,), run = login.launch(log={"wandb": "offline"}, **LONG)
+    login.await_step(run, 50)
+    words = [sys.executable, "-m", "esolm_megatron", "jobs", "runs", "--watch", "--every", "1"]
+    with (login.folder / "seen.txt").open("wb") as seen:
+        watching = subprocess.Popen(words, cwd=login.folder, env=login.env, stdout=seen, stderr=seen)
+    code, text = login.esolm("jobs", "requeue", "runs/run")
+    assert code == 0, text
+    login.await_end(run)
+    login.until(lambda: "finished" in (login.folder / "seen.txt").read_text(), 30, run)
+    watching.send_signal(signal.SIGINT)
+    assert watching.wait(30) == 0
+    seen = (login.folder / "seen.txt").read_text()
+    assert seen.count(" run ") > 3, "the table again and again"
+    assert "Traceback" not in seen
+    first, second = login.starts(run)
+    assert (first["how"], second["how"]) == ("stopped", "finished"), first
+    assert login.losses(run) == whole
+    number = (run / "wandb_id").read_text().strip()
+    runs = sorted(path.name.rpartition("-")[2] for path in (run / "wandb").glob("offline-run-*"))
+    assert runs == [number, number], "two starts, one run"
 
 
 def test_a_killed_rank_is_named_and_the_run_goes_on(login, whole):
