@@ -17,7 +17,7 @@ _CONSEQUENCE = re.compile(
     r"onnection (was )?(closed|reset|refused)|roken pipe|closed by peer|remote process|[Tt]imed out|DistNetworkError"
 )
 _NODE_FAILURE = re.compile(r"(?i)node failure")
-_OUT_OF_MEMORY = re.compile(r"(?i)out.?of.?memory")
+_OUT_OF_MEMORY = re.compile(r"(?i)out.?of.?memory|can('|no)t allocate memory")
 _DIFFERS = re.compile(r"ranks? ([\d, ]+?) differ")
 
 

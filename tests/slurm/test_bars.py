@@ -96,6 +96,17 @@ def test_time_limit_saves_requeues_and_loses_nothing(login, whole):
     assert login.losses(run) == whole
 
 
+def test_no_memory_at_step_0_ends_it_at_once(login):
+    """Matrices of 110 GB, which no machine of the tests has."""
+    huge = {"hidden_size": 96000, "num_heads": 2, "num_layers": 1}
+    (_,), run = login.launch(model=huge)
+    login.await_end(run, "failed")
+    (only,) = login.starts(run)
+    assert (only["how"], only["again"]) == ("failed", False), only
+    last = (run / "logs").glob("job_*.txt").__next__().read_text().rstrip().splitlines()[-1]
+    assert re.search(r"failed at step 0: .*allocate.*lower train.micro_batch_size", last), last
+
+
 def test_preempted_by_a_more_important_job_it_comes_back(login, whole):
     (job,), run = login.launch({"exclusive": True}, **LONG)
     login.await_step(run, 50)
@@ -129,6 +140,20 @@ def test_requeued_by_hand_it_is_watched_and_stays_one_run_of_wandb(login, whole)
     number = (run / "wandb_id").read_text().strip()
     runs = sorted(path.name.rpartition("-")[2] for path in (run / "wandb").glob("offline-run-*"))
     assert runs == [number, number], "two starts, one run"
+
+
+def test_a_hang_is_ended_and_the_run_goes_on(login, whole):
+    watchdog = {"min_limit_s": 5, "step_factor": 2, "slow_limit_s": 60}
+    (job,), run = login.launch(watchdog=watchdog, **LONG)
+    login.await_step(run, 50)
+    (pid,) = ranks_of(job, 1)
+    os.kill(pid, signal.SIGSTOP)
+    login.await_end(run)
+    first, second = login.starts(run)
+    assert (first["how"], first["again"], second["how"]) == ("hung", True, "finished"), first
+    assert second["step"] >= 40
+    assert "step" in (run / "logs" / "stacks_rank_00000.txt").read_text()
+    assert login.losses(run) == whole
 
 
 def test_a_killed_rank_is_named_and_the_run_goes_on(login, whole):
