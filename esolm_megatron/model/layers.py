@@ -121,7 +121,13 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     The result of that is not contiguous.
     """
     few = 4 <= x.numel() // x.shape[-1] <= 96
-    if not few or x.is_cuda or not torch.is_inference_mode_enabled() or x.dtype in (torch.bfloat16, torch.float16):
+    if (
+        not few
+        or x.is_cuda
+        or torch.compiler.is_compiling()
+        or not torch.is_inference_mode_enabled()
+        or x.dtype in (torch.bfloat16, torch.float16)
+    ):
         return F.linear(x, weight, bias)
     columns = x.flatten(0, -2).t()
     out = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)
