@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 
 from rich.console import Console
@@ -56,8 +57,20 @@ def run_train(args: argparse.Namespace) -> int:
     check_run(config, int(os.environ.get("WORLD_SIZE", args.processes or 1)))
     if (args.processes or 1) > 1 and "RANK" not in os.environ:
         from esolm_megatron.launch import run_local
+        from esolm_megatron.train import ending
 
-        return run_local([sys.executable, "-m", "esolm_megatron", "train", args.path, *args.overrides], args.processes)
+        killed: list[str] = []
+
+        def note(rank: int, code: int) -> None:
+            if code < 0:
+                killed.append(f"rank {rank}: {signal.strsignal(-code)}")
+
+        command = [sys.executable, "-m", "esolm_megatron", "train", args.path, *args.overrides]
+        status = run_local(command, args.processes, on_failure=note)
+        if killed and (said := ending.read(config.run_dir)):  # its last words were those of the others, which miss it
+            ending.mark(config.run_dir, ending.Ending.KILLED, said["step"], killed[0])
+            Console(stderr=True, soft_wrap=True).print(f"{config.run_dir}: {killed[0]}; start it again to continue")
+        return status
     from esolm_megatron.train.trainer import train
 
     outcome = train(config)

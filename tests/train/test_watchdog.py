@@ -69,6 +69,9 @@ def test_dead_rank_ends_the_others(tokens, tmp_path):
     assert code == 137, text
     assert time.time() - began < 60
     await_end_of_ranks(tmp_path)
+    said = read(tmp_path / "run")
+    assert (said["how"], said["restart"], said["detail"]) == ("killed", True, "rank 1: Killed")
+    assert said["step"] >= 3
 
 
 STUCK = """
