@@ -124,6 +124,16 @@ def test_watching_and_the_page(folder, tmp_path, capsys):
     assert told == [(row, place) for row in range(2) for place in range(13, 22)]
 
 
+def test_a_token_that_is_a_tag_stays_text(tmp_path):
+    from esolm_megatron.replay import Replay
+
+    page, tag = tmp_path / "out.html", "</script><script>alert(1)</script>"
+    Replay(1, 2, lambda ids: tag, {0: 1}).write_html(page, tag)
+    text = page.read_text()
+    assert "<script>alert" not in text
+    assert json.loads(text.split('id="data">')[1].split("</script>")[0])["given"] == {"0": tag}
+
+
 def test_the_terminal_shows_holes_until_they_are_filled():
     import io
 
