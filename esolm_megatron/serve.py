@@ -232,8 +232,8 @@ def build(model: PretrainedEsoLM, limits: Limits = Limits(), name: str = "esolm"
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        alive = worker.thread.is_alive()
-        return {"ok": alive, "at_work": len(worker.at_work), "waiting": len(worker.waiting), "passes": worker.passes}
+        ok = worker.thread.is_alive() and not worker.closing
+        return {"ok": ok, "at_work": len(worker.at_work), "waiting": len(worker.waiting), "passes": worker.passes}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

@@ -134,7 +134,7 @@ def test_cache_keeps_its_memory_and_no_mask():
     for num_fed, num_tokens in (([3, 2], [1, 2]), ([2, 4], [2, 3]), ([3, 2], [1, 2])):
         rows = torch.repeat_interleave(torch.arange(2), torch.tensor(num_fed))
         slots = torch.cat([torch.arange(a, a + n) for a, n in zip(lengths, num_fed, strict=True)])
-        cache.begin_step(rows, slots)
+        cache.begin_step(rows, slots, torch.arange(len(rows)))
         k = torch.randn(len(rows), 3, 12, generator=generator, dtype=torch.float64)
         q, v = torch.randn(2, *k.shape, generator=generator, dtype=torch.float64)
         cache(1, q, k, v)
@@ -150,6 +150,19 @@ def test_cache_keeps_its_memory_and_no_mask():
     assert not cache.keys[0].any(), "another layer's memory was written"
     cache.move(1, 0, 7)
     assert torch.equal(cache.values[:, 0, :, :7], cache.values[:, 1, :, :7])
+
+
+def test_the_last_block_goes_on_with_masks_only():
+    model, fed = random_model(), []
+    last = model.layers[str(model.shape.num_layers - 1)]
+    last.mlp.register_forward_hook(lambda _, inputs, __: fed.append(len(inputs[0])))
+    samples = sample(model, 3, 13, alpha_0=0.6, steps=4, prompt=torch.tensor([1, 2, 3]), own_schedules=True)
+    assert sum(fed) == 3 * 10, "every place that is generated, once"
+    assert len(fed) == samples.num_forward_passes
+    before = []
+    model.layers["0"].mlp.register_forward_hook(lambda _, inputs, __: before.append(len(inputs[0])))
+    sample(model, 3, 13, alpha_0=0.6, steps=4, prompt=torch.tensor([1, 2, 3]), own_schedules=True)
+    assert sum(before) > 3 * 13, "other blocks are fed the tokens, too"
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.3)])

@@ -10,7 +10,7 @@ Baselines, of the same random weights, written here:
     loop      the reference's loop: keys concatenated, eager attention under a materialised mask, the head on every fed
               row, fp64 noise of (batch, k, V), one schedule for the batch
     uncached  diffusion without a cache: the whole row in each pass, attention in both directions; two passes are timed
-    ar        the same network left to right, one fed row a token, with our cache and our draws
+    ar        the same network left to right, one fed row a token, with our cache, products and draws
 
 Steps: T diffusion steps of the paper's schedule, or "one": one token a pass. All methods draw from the whole distribution.
 Methods take turns, the best of --repeats counts. --budget: seconds after which no cell is begun.
@@ -34,6 +34,7 @@ from esolm_megatron.decoding.draw import draw_tokens
 from esolm_megatron.decoding.plan import plan_rows
 from esolm_megatron.model.cache import KVCache
 from esolm_megatron.model.layers import PlainLinears
+from esolm_megatron.model.products import FastProducts
 from esolm_megatron.model.transformer import EsoLM, initialise
 from esolm_megatron.sample import sample
 
@@ -107,10 +108,12 @@ def uncached(model: EsoLM, orders: Tensor, ks: list[int]) -> Tensor:
 def left_to_right(model: EsoLM, batch: int, length: int, device: torch.device) -> Tensor:
     cache = KVCache(model.shape, batch, length, model.embedding.weight.dtype, device)
     fed = torch.zeros(batch, length + 1, dtype=torch.int64, device=device)
+    products, rows = FastProducts(model), torch.arange(batch)
     for place in range(length):
         at = torch.full((batch,), place)
-        cache.begin_step(torch.arange(batch), at)
-        logits = model(fed[:, place], at.to(device), cache)
+        cache.begin_step(rows, at, rows)
+        with products:
+            logits = model(fed[:, place], at.to(device), cache)
         fed[:, place + 1] = draw_tokens(logits, torch.randint(2**62, (batch,), device=device))[0]
     return fed
 

@@ -67,6 +67,10 @@ class Network(SimpleNamespace):
         """The answer."""
         return self.answer(*args, **options)
 
+    def parameters(self):
+        """None."""
+        return iter(())
+
 
 def sampled() -> dict:
     """Each pass of a sampler with two diffusion steps: what it feeds, and which cached and fed keys each token sees."""
@@ -78,14 +82,14 @@ def sampled() -> dict:
     place = {position: k for k, position in enumerate(order[0].tolist())}
     passes = []
 
-    def network(tokens, positions, cache, places):
+    def network(tokens, positions, cache, last):
         slot = torch.tensor([place[p] for p in positions.tolist()])
         is_mask = tokens == MASK
         names = torch.eye(2 * LENGTH)[slot + LENGTH * is_mask][:, None]  # clean tokens, then masks
         zeros = torch.zeros_like(names)
         sees = cache(0, zeros, zeros, names)[:, 0] > 0
         passes.append({"slots": slot.tolist(), "masks": is_mask.int().tolist(), "sees": sees.int().tolist()})
-        return torch.zeros(len(places), LENGTH + 1)
+        return torch.zeros(len(last.fed), LENGTH + 1)
 
     model = Network(shape=shape, embedding=SimpleNamespace(weight=torch.zeros(1)), answer=network)
     fed = torch.full((1, LENGTH), MASK)

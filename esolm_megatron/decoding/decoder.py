@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from esolm_megatron.model.cache import KVCache
+from esolm_megatron.model.products import FastProducts
 from esolm_megatron.model.transformer import EsoLM
 
 Choose = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -34,6 +35,7 @@ class Decoder:
         num_rows, length = fed.shape
         self.model, self.fed, self.order = model, fed, order
         self.cache = KVCache(model.shape, num_rows, length, model.embedding.weight.dtype, fed.device)
+        self.products = FastProducts(model)
         self.rows = np.empty(0, np.int64)
         self.known, self.cached, self.pass_of = (np.zeros(num_rows, np.int64) for _ in range(3))
         self.plan = np.zeros((num_rows, length + 1), np.int64)  # ended by a zero
@@ -69,11 +71,12 @@ class Decoder:
         slots = np.arange(len(inside)) - np.repeat(np.cumsum(counts) - counts - begin, counts)
         at = np.flatnonzero(slots >= known[inside])
         stored, filled = rows[inside], (rows[inside[at]], slots[at])
-        self.cache.begin_step(torch.from_numpy(inside), torch.from_numpy(slots))
-        stored_T, places = torch.from_numpy(stored).to(device), torch.from_numpy(at).to(device)
+        self.cache.begin_step(*(torch.from_numpy(x) for x in (inside, slots, at)))
+        stored_T = torch.from_numpy(stored).to(device)
         tokens = self.fed[stored_T, self.cache.slots]
-        tokens[places] = self.model.shape.mask_id
-        logits = self.model(tokens, self.order[stored_T, self.cache.slots], self.cache, places=places)
+        tokens[self.cache.last.fed] = self.model.shape.mask_id
+        with self.products:
+            logits = self.model(tokens, self.order[stored_T, self.cache.slots], self.cache, last=self.cache.last)
         rows_M, places_M = (torch.from_numpy(x).to(device) for x in filled)
         self.fed[rows_M, places_M] = choose(logits, rows_M, places_M)
         self.cached[rows] = known

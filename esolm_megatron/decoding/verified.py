@@ -27,6 +27,7 @@ from torch import Tensor
 
 from esolm_megatron.decoding.draw import Draw, pick, probabilities
 from esolm_megatron.model.cache import KVCache
+from esolm_megatron.model.products import FastProducts
 from esolm_megatron.model.transformer import EsoLM
 from esolm_megatron.objective.noise import uniforms, words
 
@@ -65,12 +66,13 @@ def decode_verified(
     """
     length, device = fed.shape[1], fed.device
     cache = KVCache(model.shape, len(fed), length + propose * (propose + 1), model.embedding.weight.dtype, device)
+    products = FastProducts(model)
     rows = [_Row(i, num_given) for i in range(len(fed)) if num_given < length]
     count = 0
     while rows:
         for row in rows:
             row.width = propose if passes == 1 or not row.proposals else 1
-        logits, firsts = _feed(model, cache, fed, order, rows)
+        logits, firsts = _feed(model, cache, products, fed, order, rows)
         exact = probabilities(logits[torch.cat(firsts).to(device)], draw)
         made, at = [], 0
         for row, first in zip(rows, firsts, strict=True):
@@ -91,7 +93,9 @@ def decode_verified(
     return count
 
 
-def _feed(model: EsoLM, cache: KVCache, fed: Tensor, order: Tensor, rows: list[_Row]) -> tuple[Tensor, list[Tensor]]:
+def _feed(
+    model: EsoLM, cache: KVCache, products: FastProducts, fed: Tensor, order: Tensor, rows: list[_Row]
+) -> tuple[Tensor, list[Tensor]]:
     """One pass: logits of all masks, and for each row the indices among them of its groups' first masks."""
     length, columns, firsts, masks = fed.shape[1], [], [], 0
     for slot, row in enumerate(rows):
@@ -109,11 +113,12 @@ def _feed(model: EsoLM, cache: KVCache, fed: Tensor, order: Tensor, rows: list[_
         firsts.append(torch.tensor(group))
         columns.append(np.concatenate([np.concatenate(parts, 1), np.full((1, at - row.cached), slot)]))
     slots, places, limit, first, is_mask, inside = torch.from_numpy(np.concatenate(columns, 1)).unbind()
-    cache.begin_step(inside, slots, (limit, first))
+    cache.begin_step(inside, slots, is_mask.nonzero()[:, 0], (limit, first))
     stored = torch.tensor([row.id for row in rows])[inside].to(fed.device)
     places, is_mask = places.to(fed.device), is_mask.to(fed.device).bool()
     tokens = fed[stored, places].masked_fill_(is_mask, model.shape.mask_id)
-    return model(tokens, order[stored, places], cache, places=is_mask.nonzero()[:, 0]), firsts
+    with products:
+        return model(tokens, order[stored, places], cache, last=cache.last), firsts
 
 
 def _advance(

@@ -15,6 +15,8 @@ for one another's places; each group of them has slots of its own, past the toke
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,67 +24,119 @@ from torch import Tensor
 from esolm_megatron.config import ModelConfig
 
 
+@dataclass(frozen=True)
+class Queries:
+    """Fed tokens that look something up together, laid out as a rectangle of (rows, width) for one attention call.
+
+    padded: (T,) where in the rectangle each is; None where they fill it as they come. bias: (rows, 1, width, horizon),
+    minus infinity where a key is not seen; None where all keys below the horizon are.
+    """
+
+    num_rows: int
+    width: int
+    horizon: int
+    padded: Tensor | None
+    bias: Tensor | None
+
+    @classmethod
+    def of(
+        cls, rows: Tensor, slots: Tensor, horizon: int, groups: tuple[Tensor, Tensor] | None, like: Tensor
+    ) -> Queries:
+        """Of tokens as `KVCache.begin_step` has them; `like` has the keys' dtype and device."""
+        counts = torch.bincount(rows)
+        num_rows, width, padded = len(counts), int(counts.max()), None
+        if len(rows) != num_rows * width:
+            starts = counts.cumsum(0) - counts
+            padded = (rows * width + torch.arange(len(rows)) - starts[rows]).to(like.device)
+        if groups is None and int(slots.min()) + 1 == horizon:
+            return cls(num_rows, width, horizon, padded, None)
+        key = torch.arange(horizon, device=like.device)
+        hidden = key > slots.to(like.device)[:, None]
+        if groups is not None:
+            limit, first = (x.to(like.device)[:, None] for x in groups)
+            hidden |= (key >= limit) & (key < first)
+        bias = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, float("-inf"))
+        if padded is not None:  # padding may see anything: nobody looks at it
+            bias = bias.new_zeros(num_rows * width, horizon).index_copy_(0, padded, bias)
+        return cls(num_rows, width, horizon, padded, bias.view(num_rows, 1, width, horizon))
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """q (T, N, D), keys and values (rows, G, slots, D) -> (T, N, D)."""
+        heads, groups, head_dim = q.shape[1], keys.shape[1], q.shape[2]
+        if self.padded is not None:
+            q = q.new_zeros(self.num_rows * self.width, heads, head_dim).index_copy_(0, self.padded, q)
+        queries = heads // groups  # those that share a key are laid side by side, so that no key is repeated
+        q = q.view(self.num_rows, self.width, groups, queries, head_dim).permute(0, 2, 3, 1, 4)
+        bias = self.bias if self.bias is None or queries == 1 else self.bias.repeat(1, 1, queries, 1)
+        out = F.scaled_dot_product_attention(
+            q.reshape(self.num_rows, groups, queries * self.width, head_dim),
+            keys[:, :, : self.horizon],
+            values[:, :, : self.horizon],
+            attn_mask=bias,
+        )
+        out = out.view(self.num_rows, groups, queries, self.width, head_dim).permute(0, 3, 1, 2, 4)
+        out = out.reshape(self.num_rows * self.width, heads, head_dim)
+        return out if self.padded is None else out.index_select(0, self.padded)
+
+
 class KVCache:
     """The `attend` argument of the network in sampling: call `begin_step`, then the network. No gradients.
 
-    keys, values: (layers, rows, groups, slots, D). Who calls knows which slots hold what; the cache does not.
+    keys, values: (layers, rows, groups, slots, D). Who calls knows which slots hold what; the cache does not. `last` is
+    the network's argument of that name: the last block mixes and goes on with what the head looks at, and no more.
     """
+
+    queries: Queries
+    last: LastQueries
 
     def __init__(self, config: ModelConfig, num_rows: int, num_slots: int, dtype: torch.dtype, device: torch.device):
         shape = (config.num_layers, num_rows, config.kv_heads, num_slots, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)  # zeros, because 0 * NaN of unwritten memory is NaN
         self.values = torch.zeros_like(self.keys)
-        self.num_rows, self.num_fed, self.horizon, self.ragged = 0, 0, 0, False
-        self.rows = self.slots = self.padded = torch.empty(0, dtype=torch.int64)
-        self.bias: Tensor | None = None
+        self.rows = self.slots = torch.empty(0, dtype=torch.int64)
 
-    def begin_step(self, rows: Tensor, slots: Tensor, groups: tuple[Tensor, Tensor] | None = None) -> None:
+    def begin_step(
+        self, rows: Tensor, slots: Tensor, places: Tensor, groups: tuple[Tensor, Tensor] | None = None
+    ) -> None:
         """Say what is fed next: tokens of rows 0, 1, ... of the cache, each row's together, in the order of slots.
 
-        rows, slots: (T,) int64 on the CPU; every row from 0 to the last has a token. groups: (T,) number of tokens
-        and (T,) first slot: a fed token sees the slots below the number, and those from the first to its own.
+        rows, slots: (T,) int64 on the CPU; every row from 0 to the last has a token. places: (M,) on the CPU, which of
+        these the head looks at, some of each row. groups: (T,) number of tokens and (T,) first slot: a fed token sees
+        the slots below the number, and those from the first to its own.
         """
-        device = self.keys.device
-        counts = torch.bincount(rows)
-        self.num_rows, self.num_fed, self.horizon = len(counts), int(counts.max()), int(slots.max()) + 1
-        self.ragged = len(rows) != self.num_rows * self.num_fed
-        starts = counts.cumsum(0) - counts
-        self.padded = (rows * self.num_fed + torch.arange(len(rows)) - starts[rows]).to(device)
-        self.rows, self.slots, self.bias = rows.to(device), slots.to(device), None
-        if self.num_fed == 1 and groups is None and int(slots.min()) + 1 == self.horizon:
-            return  # every row sees every key
-        key = torch.arange(self.horizon, device=device)
-        hidden = key > self.slots[:, None]
-        if groups is not None:
-            limit, first = (x.to(device)[:, None] for x in groups)
-            hidden |= (key >= limit) & (key < first)
-        bias = torch.zeros(hidden.shape, dtype=self.keys.dtype, device=device).masked_fill_(hidden, float("-inf"))
-        if self.ragged:  # padding may see anything: nobody looks at it
-            bias = bias.new_zeros(self.num_rows * self.num_fed, self.horizon).index_copy_(0, self.padded, bias)
-        self.bias = bias.view(self.num_rows, 1, self.num_fed, self.horizon)
+        device, horizon = self.keys.device, int(slots.max()) + 1
+        self.rows, self.slots = rows.to(device), slots.to(device)
+        self.queries = Queries.of(rows, slots, horizon, groups, self.keys)
+        some = None if groups is None else (groups[0][places], groups[1][places])
+        looked_at = Queries.of(rows[places], slots[places], horizon, some, self.keys)
+        self.last = LastQueries(self, places.to(device), looked_at)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` slots of one row over those of another."""
         self.keys[:, target, :, :length] = self.keys[:, source, :, :length]
         self.values[:, target, :, :length] = self.values[:, source, :, :length]
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (T, N, D), k and v (T, G, D) -> (T, N, D)."""
-        keys, values = self.keys[layer, : self.num_rows], self.values[layer, : self.num_rows]
+    def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep k and v (T, G, D) of what is fed; keys and values (rows, G, slots, D) of the rows at work."""
+        keys, values = (x[layer, : self.queries.num_rows] for x in (self.keys, self.values))
         keys[self.rows, :, self.slots] = k
         values[self.rows, :, self.slots] = v
-        heads, groups, width = q.shape[1], k.shape[1], q.shape[2]
-        if self.ragged:
-            q = q.new_zeros(self.num_rows * self.num_fed, heads, width).index_copy_(0, self.padded, q)
-        queries = heads // groups  # those that share a key are laid side by side, so that no key is repeated
-        q = q.view(self.num_rows, self.num_fed, groups, queries, width).permute(0, 2, 3, 1, 4)
-        bias = self.bias if self.bias is None or queries == 1 else self.bias.repeat(1, 1, queries, 1)
-        out = F.scaled_dot_product_attention(
-            q.reshape(self.num_rows, groups, queries * self.num_fed, width),
-            keys[:, :, : self.horizon],
-            values[:, :, : self.horizon],
-            attn_mask=bias,
-        )
-        out = out.view(self.num_rows, groups, queries, self.num_fed, width).permute(0, 3, 1, 2, 4)
-        out = out.reshape(self.num_rows * self.num_fed, heads, width)
-        return out.index_select(0, self.padded) if self.ragged else out
+        return keys, values
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (T, N, D), k and v (T, G, D) -> (T, N, D)."""
+        return self.queries.attend(q, *self.store(layer, k, v))
+
+
+@dataclass(frozen=True)
+class LastQueries:
+    """What the last block is to compute in a pass: see `model/transformer.py:Wanted`."""
+
+    cache: KVCache
+    fed: Tensor
+    queries: Queries
+    within: None = None
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (M, N, D) of what the head looks at, k and v (T, G, D) of all -> (M, N, D)."""
+        return self.queries.attend(q, *self.cache.store(layer, k, v))

@@ -28,8 +28,8 @@ class Wanted(Protocol):
 
     fed: Tensor
     """(P,) tokens whose queries it is fed."""
-    within: Tensor
-    """(M,) which of those carry loss."""
+    within: Tensor | None
+    """(M,) which of those the head looks at; None for all."""
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (P, N, D) of those tokens, k and v (T, G, D) of all -> (P, N, D)."""
