@@ -4,6 +4,9 @@ import pytest
 import torch
 from truth import MODERN, make_config, plain_loss, plain_model, share_of_step
 
+from esolm_megatron.decoding.decoder import Decoder
+from esolm_megatron.decoding.plan import plan_rows
+from esolm_megatron.decoding.recorded import RECORD_AT
 from esolm_megatron.model import flash
 from esolm_megatron.model.attention import mask_stream_attention
 from esolm_megatron.model.layers import PlainLinears
@@ -63,6 +66,36 @@ def test_sampler_gives_its_own_log_probabilities():
     made = sample(model, 3, 64, alpha_0=0.5, steps=8, top_p=0.9, seed=1)
     again = schedule_log_probs(model, made[0], made.order, made.ks)
     torch.testing.assert_close(made[1], again, rtol=1e-4, atol=1e-4)
+
+
+def test_recorded_passes_give_what_launched_ones_give():
+    """Few rows, so that each pass is small enough; and both kinds of a pass do take place."""
+    config = make_config(WIDE)
+    model = EsoLM(config.model, PlainLinears(torch.float32, "cuda"))
+    model.load_state_dict(plain_model(config).state_dict())
+    plans = plan_rows(range(3), 96, mask_id=model.shape.mask_id, alpha_0=0.5, steps=8, own_schedules=True)
+    order = torch.stack([torch.from_numpy(plan.order) for plan in plans]).cuda()
+    found = []
+    with torch.inference_mode():
+        for fixed_shapes in (False, True):
+            fed, seen = torch.full_like(order, model.shape.mask_id), {}
+            decoder = Decoder(model, fed, order, fixed_shapes=fixed_shapes)
+
+            def choose(logits, rows, places, seen=seen):
+                for row, place, logit in zip(rows.tolist(), places.tolist(), logits, strict=True):
+                    seen[row, place] = logit.clone()
+                return (7 * rows + 5 * places) % model.shape.mask_id
+
+            for row, plan in enumerate(plans):
+                decoder.add(row, plan.ks, 0)
+            while len(decoder.rows):
+                decoder.step(choose)
+            found.append(seen)
+    assert decoder.recorded is not None
+    assert any(count > RECORD_AT for count in decoder.recorded.counts.values()), "none was replayed"
+    assert found[0].keys() == found[1].keys()
+    for at, logit in found[0].items():
+        torch.testing.assert_close(found[1][at], logit, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from esolm_megatron.decoding.recorded import RecordedPasses
 from esolm_megatron.model.cache import KVCache
 from esolm_megatron.model.products import FastProducts
 from esolm_megatron.model.transformer import EsoLM
@@ -29,12 +30,16 @@ class Decoder:
 
     fed: (R, L) int64 *in the generation order*. order: (R, L), positions. rows: ids of the rows at work, as they lie in
     the cache. known: (R,) places that hold tokens, from the first on; cached: (R,) those whose keys are kept.
+    fixed_shapes: pad small passes to a few shapes (decoding/recorded.py); on GPUs by default.
     """
 
-    def __init__(self, model: EsoLM, fed: Tensor, order: Tensor):
+    def __init__(self, model: EsoLM, fed: Tensor, order: Tensor, *, fixed_shapes: bool | None = None):
         num_rows, length = fed.shape
         self.model, self.fed, self.order = model, fed, order
-        self.cache = KVCache(model.shape, num_rows, length, model.embedding.weight.dtype, fed.device)
+        self.cache = KVCache(model.shape, num_rows, length + 1, model.embedding.weight.dtype, fed.device)
+        self.recorded: RecordedPasses | None = None
+        if fed.is_cuda if fixed_shapes is None else fixed_shapes:
+            self.recorded = RecordedPasses(model, self.cache, fed, order, record=fed.is_cuda)
         self.products = FastProducts(model)
         self.rows = np.empty(0, np.int64)
         self.known, self.cached, self.pass_of = (np.zeros(num_rows, np.int64) for _ in range(3))
@@ -70,13 +75,10 @@ class Decoder:
         inside = np.repeat(np.arange(len(rows)), counts)
         slots = np.arange(len(inside)) - np.repeat(np.cumsum(counts) - counts - begin, counts)
         at = np.flatnonzero(slots >= known[inside])
-        stored, filled = rows[inside], (rows[inside[at]], slots[at])
-        self.cache.begin_step(*(torch.from_numpy(x) for x in (inside, slots, at)))
-        stored_T = torch.from_numpy(stored).to(device)
-        tokens = self.fed[stored_T, self.cache.slots]
-        tokens[self.cache.last.fed] = self.model.shape.mask_id
-        with self.products:
-            logits = self.model(tokens, self.order[stored_T, self.cache.slots], self.cache, last=self.cache.last)
+        filled = rows[inside[at]], slots[at]
+        logits = None if self.recorded is None else self.recorded(inside, slots, at, rows)
+        if logits is None:
+            logits = self._logits(inside, slots, at)
         rows_M, places_M = (torch.from_numpy(x).to(device) for x in filled)
         self.fed[rows_M, places_M] = choose(logits, rows_M, places_M)
         self.cached[rows] = known
@@ -85,6 +87,15 @@ class Decoder:
         for row in rows[self.plan[rows, self.pass_of[rows]] == 0]:
             self.remove(row)
         return filled
+
+    def _logits(self, inside: NDArray[np.int64], slots: NDArray[np.int64], at: NDArray[np.int64]) -> Tensor:
+        """Of the masks `at` (M,) among tokens fed to rows `inside` (T,) of the cache at `slots` (T,)."""
+        self.cache.begin_step(*(torch.from_numpy(x) for x in (inside, slots, at)))
+        where = torch.from_numpy(self.rows[inside]).to(self.fed.device), self.cache.slots
+        tokens = self.fed[where]
+        tokens[self.cache.last.fed] = self.model.shape.mask_id
+        with self.products:
+            return self.model(tokens, self.order[where], self.cache, last=self.cache.last)
 
 
 @torch.inference_mode()
