@@ -27,7 +27,6 @@ from esolm_megatron.objective.likelihood import check_rows
 
 Watch = Callable[[int, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]], None]
 """Called after each pass: (pass, rows (M,), positions (M,), tokens (M,)) of what it filled."""
-_DRAWN_AT_ONCE = 2**28  # logits; more are drawn in parts, so that the draw needs little memory next to them
 
 
 class Samples(tuple[Tensor, Tensor]):
@@ -140,16 +139,13 @@ class Sampler:
         draws = {row: self.plans[row].draw for row in self.decoder.rows.tolist()}
         kinds = list(dict.fromkeys(draws.values()))
         tokens = torch.empty_like(places)
-        at_once = max(1, _DRAWN_AT_ONCE // logits.shape[1])
         for kind in kinds:
-            mine = torch.arange(len(rows), device=rows.device)
+            mine = slice(None)
             if len(kinds) > 1:
                 mine = torch.tensor([draws[row] == kind for row in rows.tolist()], device=rows.device).nonzero()[:, 0]
-            for part in mine.split(at_once):
-                at = rows[part], places[part]
-                held = self.fed[at[0]] if kind.repetition_penalty != 1 else None
-                some = logits if len(part) == len(rows) else logits[part]
-                tokens[part], self.log_probs[at] = draw_tokens(some, self.raw[at], kind, held)
+            at = rows[mine], places[mine]
+            held = self.fed[at[0]] if kind.repetition_penalty != 1 else None
+            tokens[mine], self.log_probs[at] = draw_tokens(logits[mine], self.raw[at], kind, held)
         return tokens
 
     def _stop(self, rows: NDArray[np.int64], positions: NDArray[np.int64], tokens: NDArray[np.int64]) -> None:

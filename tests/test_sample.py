@@ -12,6 +12,7 @@ from parity import MASK, MODERN, Reference, fixture_path, load_case, metadata, r
 
 from esolm_megatron import load_pretrained
 from esolm_megatron.data.tokenizer import load_tokenizer
+from esolm_megatron.decoding import decoder
 from esolm_megatron.decoding.decoder import decode
 from esolm_megatron.decoding.draw import Draw, _first_above, draw_tokens
 from esolm_megatron.decoding.plan import binomial_schedule, draw_orders, uniform_schedule
@@ -150,6 +151,18 @@ def test_cache_keeps_its_memory_and_no_mask():
     assert not cache.keys[0].any(), "another layer's memory was written"
     cache.move(1, 0, 7)
     assert torch.equal(cache.values[:, 0, :, :7], cache.values[:, 1, :, :7])
+
+
+def test_logits_are_made_some_at_a_time(monkeypatch):
+    model, made = random_model(), []
+    whole = sample(model, 3, 13, alpha_0=1.0, steps=2, top_k=5, repetition_penalty=1.3)
+    monkeypatch.setattr(decoder, "LOGITS_AT_ONCE", 4 * model.shape.vocab + 1)
+    model.head.register_forward_hook(lambda _, __, logits: made.append(len(logits)))
+    parts = sample(model, 3, 13, alpha_0=1.0, steps=2, top_k=5, repetition_penalty=1.3)
+    assert max(made) == 4
+    assert sum(made) == 39
+    assert torch.equal(whole[0], parts[0])
+    close(parts[1], whole[1])
 
 
 def test_the_last_block_goes_on_with_masks_only():

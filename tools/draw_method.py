@@ -71,6 +71,10 @@ class Network(SimpleNamespace):
         """None."""
         return iter(())
 
+    def logits(self, hidden):
+        """What was answered."""
+        return hidden
+
 
 def sampled() -> dict:
     """Each pass of a sampler with two diffusion steps: what it feeds, and which cached and fed keys each token sees."""
@@ -82,7 +86,7 @@ def sampled() -> dict:
     place = {position: k for k, position in enumerate(order[0].tolist())}
     passes = []
 
-    def network(tokens, positions, cache, last):
+    def network(tokens, positions, cache, last, head):
         slot = torch.tensor([place[p] for p in positions.tolist()])
         is_mask = tokens == MASK
         names = torch.eye(2 * LENGTH)[slot + LENGTH * is_mask][:, None]  # clean tokens, then masks

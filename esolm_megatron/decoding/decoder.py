@@ -21,6 +21,7 @@ from esolm_megatron.model.transformer import EsoLM
 
 Choose = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(logits (M, V), rows (M,), places (M,)) -> (M,) int64 tokens to put there."""
+LOGITS_AT_ONCE = 2**28
 Filled = tuple[NDArray[np.int64], NDArray[np.int64]]
 """Rows (M,) and places (M,) that a pass has filled."""
 
@@ -76,11 +77,13 @@ class Decoder:
         slots = np.arange(len(inside)) - np.repeat(np.cumsum(counts) - counts - begin, counts)
         at = np.flatnonzero(slots >= known[inside])
         filled = rows[inside[at]], slots[at]
+        where = tuple(torch.from_numpy(x).to(device) for x in filled)
         logits = None if self.recorded is None else self.recorded(inside, slots, at, rows)
         if logits is None:
-            logits = self._logits(inside, slots, at)
-        rows_M, places_M = (torch.from_numpy(x).to(device) for x in filled)
-        self.fed[rows_M, places_M] = choose(logits, rows_M, places_M)
+            with self.products:
+                self.fed[where] = self._chosen(self._hidden(inside, slots, at), where, choose)
+        else:
+            self.fed[where] = choose(logits, *where)
         self.cached[rows] = known
         self.known[rows] += masks
         self.pass_of[rows] += 1
@@ -88,14 +91,23 @@ class Decoder:
             self.remove(row)
         return filled
 
-    def _logits(self, inside: NDArray[np.int64], slots: NDArray[np.int64], at: NDArray[np.int64]) -> Tensor:
-        """Of the masks `at` (M,) among tokens fed to rows `inside` (T,) of the cache at `slots` (T,)."""
+    def _hidden(self, inside: NDArray[np.int64], slots: NDArray[np.int64], at: NDArray[np.int64]) -> Tensor:
+        """What the head wants (M, H) of the masks `at` (M,) among the tokens fed to rows `inside` (T,) at `slots` (T,)."""
         self.cache.begin_step(*(torch.from_numpy(x) for x in (inside, slots, at)))
-        where = torch.from_numpy(self.rows[inside]).to(self.fed.device), self.cache.slots
-        tokens = self.fed[where]
+        fed = torch.from_numpy(self.rows[inside]).to(self.fed.device), self.cache.slots
+        tokens = self.fed[fed]
         tokens[self.cache.last.fed] = self.model.shape.mask_id
-        with self.products:
-            return self.model(tokens, self.order[where], self.cache, last=self.cache.last)
+        return self.model(tokens, self.order[fed], self.cache, last=self.cache.last, head=False)
+
+    def _chosen(self, hidden: Tensor, where: tuple[Tensor, ...], choose: Choose) -> Tensor:
+        """Tokens (M,), chosen some at a time, so that logits have a bound that knows nothing of batch and steps."""
+        tokens = []
+        for part in torch.arange(len(hidden), device=hidden.device).split(
+            max(1, LOGITS_AT_ONCE // self.model.shape.vocab)
+        ):
+            logits = self.model.logits(hidden if len(part) == len(hidden) else hidden[part])
+            tokens.append(choose(logits, *(x[part] for x in where)))
+        return torch.cat(tokens)  # nothing is written before all are chosen: they must not see one another
 
 
 @torch.inference_mode()

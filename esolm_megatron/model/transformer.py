@@ -162,13 +162,15 @@ class EsoLM(nn.Module):
         targets: Tensor | None = None,
         dropout_ids: Tensor | None = None,
         last: Wanted | None = None,
+        head: bool = True,
     ) -> Tensor:
         """Hidden states of this stage, or at the last one logits, or token losses where `targets` are given.
 
         tokens, positions: (T,) int64, packed. places: (M,) indices of the tokens that the head looks at; all by default.
         targets: (M,) ids. dropout_ids: (T,) int32, one for each token of the step; None turns dropout off.
-        last: lets the last block compute what `places` need, and no more.
-        Returns (T', 1, H), (M, V / tensor_size) or (M,).
+        last: lets the last block compute what `places` need, and no more. head: without it, the last stage returns what
+        `logits` wants.
+        Returns (T', 1, H), (M, V / tensor_size) or (M,); (M, H) without the head.
         """
         ids = last_ids = None
         if dropout_ids is not None and self.shape.dropout > 0:
@@ -194,6 +196,10 @@ class EsoLM(nn.Module):
         x = self.linears.gather_tokens(self.final_norm(x)).squeeze(1)
         if places is not None:
             x = x.index_select(0, places)
+        return self.logits(x, targets) if head else x
+
+    def logits(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        """(M, H) normalised hidden states -> (M, V / tensor_size) logits, or (M,) token losses at `targets` (M,)."""
         tied = self.embedding.weight if self.head.weight is None else None
         return self.head(x, tied, targets)
 
