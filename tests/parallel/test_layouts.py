@@ -160,13 +160,13 @@ FEWER_KEYS = {
     "cp2_of_1": (2, 8, 1, {"context_size": 2}, {}),
     "cp2_of_1_zero0_full": (2, 8, 1, {"context_size": 2, "zero_stage": 0, "recompute": "full"}, DOCUMENTS),
     "cp2_of_1_zero2_selective": (2, 8, 1, {"context_size": 2, "zero_stage": 2, "recompute": "selective"}, {}),
-    "cp2_of_1_zero3_full": (2, 8, 1, {"context_size": 2, "zero_stage": 3, "recompute": "full"}, DOCUMENTS),
+    "cp2_of_1_zero3_full": (2, 4, 1, {"context_size": 2, "zero_stage": 3, "recompute": "full"}, DOCUMENTS),
     "cp4_of_2": (4, 4, 2, {"context_size": 4}, DOCUMENTS),
     "tp2_sp_cp2_of_2": (4, 8, 2, {"tensor_size": 2, "sequence_parallel": True, "context_size": 2}, {}),
     "cp4_of_1": (4, 4, 1, {"context_size": 4, "zero_stage": 2}, {"objective": {"alpha_0": 0.25}}),
     "cp4_of_2_zero3_full": (4, 4, 2, {"context_size": 4, "zero_stage": 3, "recompute": "full"}, {}),
     "cp4_of_1_any_order": (4, 4, 1, {"context_size": 4}, {"objective": {"diffusion_loss": "any_order"}}),
-    "tp2_cp2_of_2_zero0": (4, 4, 2, {"tensor_size": 2, "context_size": 2, "zero_stage": 0}, DOCUMENTS),
+    "tp2_cp2_of_2_zero0": (4, 8, 2, {"tensor_size": 2, "context_size": 2, "zero_stage": 0}, DOCUMENTS),
     "tp2_sp_cp2_of_2_zero3": (
         4, 4, 2, {"tensor_size": 2, "sequence_parallel": True, "context_size": 2, "zero_stage": 3}, DOCUMENTS
     ),
