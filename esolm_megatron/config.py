@@ -177,7 +177,7 @@ class ParallelConfig(Section):
     sequence_parallel: bool = False
     """Split norms and dropout over the tensor ranks along the packed tokens."""
     context_size: int = Field(1, ge=1)
-    """Ranks that share the packed tokens of a micro-batch (CP); each has all tokens of some heads inside attention."""
+    """Ranks that share the packed tokens of a micro-batch (CP); each has all tokens of some query heads inside attention."""
     pipeline_size: int = Field(1, ge=1)
     """Stages (PP)."""
     virtual_pipeline_size: int = Field(1, ge=1)

@@ -30,9 +30,7 @@ def _tensor_and_context_problems(c: Any) -> Iterator[str]:
     for name, value in (("num_heads", m.num_heads), ("num_kv_heads", m.num_kv_heads), ("ffn_hidden_size", m.ffn_size)):
         if value is not None and value % tp:
             yield f"parallel.tensor_size = {tp}: must divide model.{name} = {value}"
-    if m.kv_heads % tp == 0 and m.kv_heads // tp % cp:  # they divide the query heads
-        name = "num_heads" if m.num_kv_heads is None else "num_kv_heads"
-        yield f"parallel.context_size = {cp}: times tensor_size = {tp} it must divide model.{name} = {m.kv_heads}"
+    yield from _head_problems(m, tp, cp)
     if p.sequence_parallel and tp == 1:
         yield "parallel.sequence_parallel = true: needs parallel.tensor_size of 2 or more; set it to false"
     cut = cp * (tp if p.sequence_parallel else 1)
@@ -41,6 +39,19 @@ def _tensor_and_context_problems(c: Any) -> Iterator[str]:
                  (False, True): "context parallelism needs a multiple of parallel.context_size",
                  (True, True): "sequence and context parallelism need a multiple of tensor_size x context_size"}  # fmt: skip
         yield f"model.seq_length = {m.seq_length}: {names[p.sequence_parallel, cp > 1]} = {cut}"
+
+
+def _head_problems(m: Any, tp: int, cp: int) -> Iterator[str]:
+    """Inside attention a context rank's query heads are those of whole key-value heads, or share a single one."""
+    if m.num_heads % tp or m.kv_heads % tp:
+        return  # told already
+    heads, shared = m.num_heads // tp, m.kv_heads // tp
+    fits = [n for n in range(1, heads + 1) if heads % n == 0 and (shared % n == 0 or n % shared == 0)]
+    if cp not in fits:
+        why = f"it must divide the {shared} key-value heads of a tensor rank, or be a multiple of them"
+        if heads % cp:
+            why = f"times tensor_size = {tp} it must divide model.num_heads = {m.num_heads}"
+        yield f"parallel.context_size = {cp}: {why}; use one of {fits}"
 
 
 def _stage_problems(c: Any) -> Iterator[str]:

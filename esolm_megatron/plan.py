@@ -304,8 +304,9 @@ def channels_per_token(model: ModelConfig, recompute: str, tensor_size: int, seq
 
     Between the matrices (cut by sequence parallelism): inputs of both norms and of the first matrices after them (4 H),
     and with dropout two masks (2 H). Inside (cut by tensor parallelism): q, k, v, the attention's output, and its copy
-    in packed order (5 N D, key-value heads being repeated), and two numbers per inner channel of the MLP, four with
-    swiglu. `selective` drops the MLP's and the input of its first matrix, `full` keeps only the block's input.
+    in packed order (5 N D, key-value heads being repeated, over context ranks too), and two numbers per inner channel of
+    the MLP, four with swiglu. `selective` drops the MLP's and the input of its first matrix, `full` keeps only the block's
+    input.
     """
     h, f = model.hidden_size, model.ffn_size
     outside = h * (4 + (2 if model.dropout else 0))

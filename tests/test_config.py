@@ -116,15 +116,28 @@ CROSS_FIELD = {
     ),
     "heads against CP": (
         {"parallel": {"context_size": 3}, "model": {"seq_length": 36}},
-        "parallel.context_size = 3: times tensor_size = 1 it must divide model.num_heads = 10",
+        "parallel.context_size = 3: times tensor_size = 1 it must divide model.num_heads = 10; use one of [1, 2, 5, 10]",
     ),
     "heads against TP x CP": (
         {"parallel": {"tensor_size": 2, "context_size": 2}, "model": {"seq_length": 36}},
-        "parallel.context_size = 2: times tensor_size = 2 it must divide model.num_heads = 10",
+        "parallel.context_size = 2: times tensor_size = 2 it must divide model.num_heads = 10; use one of [1, 5]",
     ),
     "key-value heads against CP": (
         {"parallel": {"context_size": 5}, "model": {"num_kv_heads": 2}},
-        "parallel.context_size = 5: times tensor_size = 1 it must divide model.num_kv_heads = 2",
+        "parallel.context_size = 5: it must divide the 2 key-value heads of a tensor rank, or be a multiple of them; "
+        "use one of [1, 2, 10]",
+    ),
+    "more context ranks than query heads": (
+        {"parallel": {"context_size": 20}, "model": {"num_kv_heads": 2, "seq_length": 40}},
+        "parallel.context_size = 20: times tensor_size = 1 it must divide model.num_heads = 10; use one of [1, 2, 10]",
+    ),
+    "key-value heads of a tensor rank against CP": (
+        {
+            "parallel": {"tensor_size": 2, "context_size": 6},
+            "model": {"num_heads": 24, "head_size": 4, "num_kv_heads": 8, "seq_length": 36},
+        },
+        "parallel.context_size = 6: it must divide the 4 key-value heads of a tensor rank, or be a multiple of them; "
+        "use one of [1, 2, 4, 12]",
     ),
     "length against CP": (
         {"parallel": {"context_size": 2}},
@@ -225,6 +238,10 @@ NEIGHBOURS = [
     {"parallel": {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True, "tensor_size": 2}},
     {"parallel": {"context_size": 5}},
     {"parallel": {"context_size": 2, "tensor_size": 5}, "model": {"seq_length": 34}},
+    {"parallel": {"context_size": 10}, "model": {"num_kv_heads": 2, "seq_length": 40}},
+    {"parallel": {"context_size": 5}, "model": {"num_kv_heads": 1}},
+    {"parallel": {"context_size": 5, "tensor_size": 2}, "model": {"num_kv_heads": 2}},
+    {"parallel": {"context_size": 2}, "model": {"num_kv_heads": 2, "seq_length": 36}},
     {"parallel": {"pipeline_size": 4}},
     {"parallel": {"pipeline_size": 2, "layers_per_stage": [1, 5]}},
     {"parallel": {"pipeline_size": 2, "virtual_pipeline_size": 2}},

@@ -136,6 +136,18 @@ def test_context_ranks_share_activations_and_zero_stages_share_states():
     assert (stage.weights, stage.optimizer) == (0, 0)
 
 
+def test_context_ranks_may_outnumber_the_key_value_heads_of_a_tensor_rank():
+    """8 of them at tensor size 8: one each, which 2 or 8 context ranks share."""
+    whole, *split = (
+        plan(load(CONFIGS / "scale/70b.yaml", ["model.vocab_size=128000", f"parallel.context_size={size}"]), 256)
+        for size in (1, 2, 8)
+    )
+    for cost, size in zip(split, (2, 8), strict=True):
+        assert cost.topology.data_size * size == whole.topology.data_size
+        per_token = whole.stages[0].activations / whole.packed_tokens
+        assert cost.stages[0].activations == pytest.approx(per_token * cost.packed_tokens / size)
+
+
 def simulated_in_flight(stage, stages, chunks, micro_batches):
     """Most chunks alive at once when the schedule's warm-up forwards run before the first backward."""
     total = micro_batches * chunks

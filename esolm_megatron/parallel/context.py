@@ -2,7 +2,8 @@
 
 Everywhere but in attention, rank r of C holds the packed tokens r, r + C, r + 2C, ...: dealt one by one, because tokens
 with loss lie together at the end of a packed row, and the head's work with them. Inside attention it holds all tokens, in
-their order, for 1/C of the heads; so the same PackedAttention runs there, and its visibility needs no second definition.
+their order, for 1/C of the query heads; so the same PackedAttention runs there, and its visibility needs no second
+definition. Where there are fewer key-value heads than ranks, each goes to all the ranks whose query heads use it.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class ContextAttention:
         self.attend, self.group, self.size = attend, group, dist.get_world_size(group)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (p, N, D), k and v (t, G, D) of this rank's t = T/C tokens -> (p, N, D). C divides N and G.
+        """q (p, N, D), k and v (t, G, D) of this rank's t = T/C tokens -> (p, N, D). C divides N; C divides G, or G divides C.
 
         p = t but in the last block, where each rank feeds the queries of p tokens.
         """
@@ -63,11 +64,22 @@ class ContextAttention:
         return _Exchange.apply(mixed.view(len(q), self.size, *mixed.shape[1:]), self.group).flatten(1, 2)
 
     def _all_tokens(self, *tensors: Tensor) -> list[Tensor]:
-        """(t, N, D) of this rank's tokens -> (T, N / C, D), in one exchange."""
-        heads = [x.shape[1] // self.size for x in tensors]
-        split = [x.reshape(len(x), self.size, n, x.shape[2]) for x, n in zip(tensors, heads, strict=True)]
+        """(t, N, D) of this rank's tokens -> (T, N / C, D), or (T, 1, D) where N < C, in one exchange."""
+        shared = [_for_ranks(x, self.size) for x in tensors]
+        heads = [x.shape[1] // self.size for x in shared]
+        split = [x.reshape(len(x), self.size, n, x.shape[2]) for x, n in zip(shared, heads, strict=True)]
         whole = _Exchange.apply(torch.cat(split, dim=2), self.group).flatten(0, 1)
         return list(whole.split(heads, dim=1))
+
+
+def _for_ranks(x: Tensor, ranks: int) -> Tensor:
+    """(t, G, D) with G < C heads -> (t, C, D): each as often as ranks have queries for it, which lie side by side.
+
+    So in backward a token's own rank sums what these ranks found for its key. It does so along a dimension, which gives the
+    same bits each time; the backward pass of an indexed copy may add in any order on a GPU.
+    """
+    times = ranks // x.shape[1]
+    return x if times <= 1 else x[:, :, None].expand(-1, -1, times, -1).flatten(1, 2)
 
 
 class ContextLastBlock(ContextAttention):

@@ -155,6 +155,55 @@ def test_other_features_equal_one_process(world, parallel, changes):
     compare(run_ranks(train, world, config, NUM_STEPS), truth_of(config))
 
 
+DOCUMENTS = {"data": {"cross_document": False}}
+FEWER_KEYS = {
+    "cp2_of_1": (2, 8, 1, {"context_size": 2}, {}),
+    "cp2_of_1_zero0_full": (2, 8, 1, {"context_size": 2, "zero_stage": 0, "recompute": "full"}, DOCUMENTS),
+    "cp2_of_1_zero2_selective": (2, 8, 1, {"context_size": 2, "zero_stage": 2, "recompute": "selective"}, {}),
+    "cp2_of_1_zero3_full": (2, 4, 1, {"context_size": 2, "zero_stage": 3, "recompute": "full"}, DOCUMENTS),
+    "cp4_of_2": (4, 4, 2, {"context_size": 4}, DOCUMENTS),
+    "tp2_sp_cp2_of_2": (4, 8, 2, {"tensor_size": 2, "sequence_parallel": True, "context_size": 2}, {}),
+    "cp4_of_1": (4, 4, 1, {"context_size": 4, "zero_stage": 2}, {"objective": {"alpha_0": 0.25}}),
+    "cp4_of_2_zero3_full": (4, 4, 2, {"context_size": 4, "zero_stage": 3, "recompute": "full"}, {}),
+    "cp4_of_1_any_order": (4, 4, 1, {"context_size": 4}, {"objective": {"diffusion_loss": "any_order"}}),
+    "tp2_cp2_of_2_zero0": (4, 8, 2, {"tensor_size": 2, "context_size": 2, "zero_stage": 0}, DOCUMENTS),
+    "tp2_sp_cp2_of_2_zero3": (
+        4, 4, 2, {"tensor_size": 2, "sequence_parallel": True, "context_size": 2, "zero_stage": 3}, DOCUMENTS
+    ),
+    "cp2_of_1_pp2": (4, 8, 1, {"context_size": 2, "pipeline_size": 2}, DOCUMENTS),
+    "cp2_of_1_pp2_vp2": (4, 8, 1, {"context_size": 2, "pipeline_size": 2, "virtual_pipeline_size": 2}, {}),
+    "cp2_of_1_dp2_zero2": (4, 8, 1, {"context_size": 2, "zero_stage": 2}, {}),
+    "tp2_sp_cp4_of_4": (8, 8, 4, {"tensor_size": 2, "sequence_parallel": True, "context_size": 4}, DOCUMENTS),
+    "tp2_cp2_of_2_pp2": (8, 4, 2, {"tensor_size": 2, "context_size": 2, "pipeline_size": 2}, {}),
+    "tp2_cp2_of_2_dp2_zero3": (8, 4, 2, {"tensor_size": 2, "context_size": 2, "zero_stage": 3}, DOCUMENTS),
+    "cp4_of_1_dp2_zero2": (8, 8, 1, {"context_size": 4, "zero_stage": 2}, {}),
+    "cp8_of_2": (8, 8, 2, {"context_size": 8}, {}),
+}  # fmt: skip
+"""More context ranks than a tensor rank has key-value heads: processes, query heads, key-value heads, sections."""
+FAST_OF_FEWER_KEYS = [name for name, row in FEWER_KEYS.items() if row[0] == 2] + ["cp4_of_2", "tp2_sp_cp2_of_2"]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=() if x in FAST_OF_FEWER_KEYS else pytest.mark.slow) for x in FEWER_KEYS]
+)
+def test_key_value_heads_that_several_context_ranks_share_equal_one_process(name):
+    world, heads, kv_heads, parallel, changes = FEWER_KEYS[name]
+    index = list(FEWER_KEYS).index(name)
+    model = {"num_heads": heads, "num_kv_heads": kv_heads, "tied_embeddings": index % 2 == 0}
+    config = make_config(MODEL | model | {"dropout": (0.0, 0.1, 0.0)[index % 3]}, parallel=parallel, **changes)
+    assert parallel["context_size"] > kv_heads // parallel.get("tensor_size", 1)
+    compare(run_ranks(train, world, config, NUM_STEPS), truth_of(config))
+
+
+@pytest.mark.parametrize("kv_heads", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_shared_key_value_heads_in_bf16(kv_heads):
+    size = 2 * kv_heads
+    config = make_config(
+        MODEL | {"num_kv_heads": kv_heads}, parallel={"context_size": size}, train={"precision": "bf16"}
+    )
+    compare_bf16(run_ranks(train, size, config, NUM_STEPS), truth_of(config), config)
+
+
 def test_dropout_drops():
     config = make_config(MODERN | {"dropout": 0.3})
     without, dropped = plain_run(make_config(), 1), plain_run(config, 1)

@@ -14,7 +14,6 @@ from ranks import run_ranks
 from split_run import saved, saved_pieces, train, truth_of
 from truth import MODERN, make_config, plain_loss, plain_model, share_of_step
 
-from esolm_megatron.model.attention import PackedAttention
 from esolm_megatron.model.loss import predicted_losses
 
 pytestmark = pytest.mark.gloo
@@ -198,24 +197,30 @@ def attend_split(config):
     topology, _ = groups.start(config)
     rank, size = topology.context_rank, topology.context_size
     (batch,) = share_of_step(config, 0, num_micro_batches=1).micro_batches
-    share, layout = own_share(batch, rank, size), batch.layout
+    share, tokens, shared = own_share(batch, rank, size), batch.layout.num_tokens, config.model.kv_heads
     assert torch.equal(batch.tokens[batch.places[batch.places % size == rank]], share.tokens[share.places])
     generator = torch.Generator().manual_seed(3)
-    q, k, v, g = (torch.randn(layout.num_tokens, n, 6, generator=generator, dtype=torch.float64) for n in (8, 4, 4, 8))
+    q, k, v, g = (torch.randn(tokens, n, 6, generator=generator, dtype=torch.float64) for n in (8, shared, shared, 8))
     whole = [x.clone().requires_grad_() for x in (q, k, v)]
     mine = [x[rank::size].clone().requires_grad_() for x in (q, k, v)]
-    expected = PackedAttention(layout)(0, *whole)
-    found = ContextAttention(PackedAttention(layout), ps.get_context_parallel_group())(0, *mine)
+    expected = batch.attend(0, *whole)
+    found, again = (ContextAttention(batch.attend, ps.get_context_parallel_group())(0, *mine) for _ in range(2))
     expected.backward(g)
-    found.backward(g[rank::size])
-    pairs = [(found, expected), *((m.grad, w.grad) for m, w in zip(mine, whole, strict=True))]
+    gradients, repeated = (torch.autograd.grad(x, mine, g[rank::size]) for x in (found, again))
+    assert all(map(torch.equal, (found, *gradients), (again, *repeated))), "other bits the second time"
+    pairs = [(found, expected), *((m, w.grad) for m, w in zip(gradients, whole, strict=True))]
     return [(a - b[rank::size]).abs().max().item() for a, b in pairs]
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_attention_over_context_ranks_is_that_of_one(size):
-    errors = run_ranks(attend_split, size, make_config(WIDE, parallel={"context_size": size}))
-    assert np.max(errors) < 1e-12
+@pytest.mark.parametrize("cross_document", [True, False])
+@pytest.mark.parametrize(("size", "kv_heads"), [(2, 4), (4, 4), (2, 1), (4, 2), (4, 1)])
+def test_attention_over_context_ranks_is_that_of_one(size, kv_heads, cross_document):
+    config = make_config(
+        WIDE | {"num_kv_heads": kv_heads},
+        parallel={"context_size": size},
+        data={"cross_document": cross_document},
+    )
+    assert np.max(run_ranks(attend_split, size, config)) < 1e-12
 
 
 def test_tokens_that_do_not_divide_are_refused():
