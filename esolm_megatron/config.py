@@ -165,6 +165,8 @@ class TrainConfig(Section):
     """auto takes a GPU where there is one."""
     compile: bool = False
     """Compile each block before and after attention (torch.compile); the first steps take longer."""
+    cuda_graphs: bool = False
+    """Replay what is compiled as CUDA graphs, the last block excepted: fewer launches, for memory that stays taken."""
     peak_tflops: float | None = Field(None, gt=0)
     """Peak of one device for MFU; null looks the GPU up by name, or measures a matrix product on a CPU."""
 
@@ -305,6 +307,15 @@ def _compile_problems(c: Any) -> Iterator[str]:
     for name, (value, fits) in wanted.items():
         if c.train.compile and not fits:
             yield f"train.compile = true: does not go with {name} = {value}; change it, or set train.compile=false"
+    alone = {
+        "train.compile": (c.train.compile, c.train.compile),
+        "train.device": (c.train.device, c.train.device != "cpu"),
+        "parallel.pipeline_size": (c.parallel.pipeline_size, c.parallel.pipeline_size == 1),
+        "parallel.recompute": (c.parallel.recompute, c.parallel.recompute == "none"),
+    }
+    for name, (value, fits) in alone.items():
+        if c.train.cuda_graphs and not fits:
+            yield f"train.cuda_graphs = true: does not go with {name} = {value}; change it, or set train.cuda_graphs=false"
 
 
 def _schedule_problems(c: Any) -> Iterator[str]:

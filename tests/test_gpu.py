@@ -98,12 +98,20 @@ def test_recorded_passes_give_what_launched_ones_give():
         torch.testing.assert_close(found[1][at], logit, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("cuda_graphs", [None, False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_training_steps_lower_the_loss(precision):
+def test_training_steps_lower_the_loss(precision, cuda_graphs):
+    """None: blocks that are not compiled."""
     pytest.importorskip("megatron.core")
     from esolm_megatron.parallel.engine import Engine
 
-    config = make_config(WIDE, train={"device": "cuda", "precision": precision}, optim={"lr": 1e-3, "clip_grad": 1.0})
+    train = {
+        "device": "cuda",
+        "precision": precision,
+        "compile": cuda_graphs is not None,
+        "cuda_graphs": bool(cuda_graphs),
+    }
+    config = make_config(WIDE, train=train, optim={"lr": 1e-3, "clip_grad": 1.0})
     engine = Engine(config)
     truth = plain_loss(plain_model(config), share_of_step(config, 0, num_micro_batches=1)).item()
     noised = share_of_step(config, 0)

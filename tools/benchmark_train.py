@@ -10,7 +10,8 @@ under causal attention, logits of all places. The steps take turns; a table and 
 GPU and in CPU-seconds elsewhere, and the peak memory of a process that makes two steps of one kind (on a GPU, what is
 allocated). Ours and the reference must have the same loss.
 
-options: `plain`, `recompute` (blocks computed again in backward), `compile` (blocks compiled); baselines are timed with `plain`.
+options: `plain`, `recompute` (blocks computed again in backward), `compile` (blocks compiled), `graphs` (and replayed as CUDA
+graphs); baselines are timed with `plain`, and all options must have its loss after some steps.
 MFU = model FLOPs / (seconds x peak), by CPU-seconds on a CPU, where model FLOPs are `model/size.py:flops_per_token` x tokens
 of the data: what the method needs, without recomputation, spare mask places, or norms. The parts of a step (attention, MLP,
 head and loss, optimizer, data) are timed by themselves, forward and backward, on tensors of the step's shapes; `rest` is
@@ -20,6 +21,7 @@ mid. Exits with 1 where a number is below its bar (with --bars; on a CPU always)
 """
 
 import argparse
+import contextlib
 import gc
 import itertools
 import json
@@ -75,7 +77,7 @@ GPU_BARS = {("124m", 1.0): ("tokens_per_second", 500e3), ("124m", 0.25): ("token
             ("1.7b", 1.0): ("mfu", 0.5)}  # fmt: skip
 """Least tokens/s and MFU on one H200, of the best of the options."""
 KINDS = ("ours", "reference", "ar")
-OPTIONS = ("plain", "recompute", "compile")
+OPTIONS = ("plain", "recompute", "compile", "graphs")
 PARTS = ("attention", "mlp", "head_loss", "optimizer", "data")
 WARMUP = 1
 
@@ -323,6 +325,26 @@ def check_losses(steps: Steps) -> float:
     return losses[0]
 
 
+def check_compiled(steps: Steps, times: int = 4) -> None:
+    """Loss and norm of the gradient must be those without compilation, also where recorded graphs are replayed."""
+
+    def facts() -> tuple[float, float]:
+        loss = steps.ours(steps.tokens[0], (0, 0))
+        loss.backward()
+        norm = torch.stack([p.grad.float().norm() for p in steps.model.parameters() if p.grad is not None]).norm()
+        steps.model.zero_grad()
+        return loss.item(), norm.item()
+
+    with torch.compiler.set_stance("force_eager"):
+        plain = facts()
+    for number in range(times):
+        found = facts()
+        if any(
+            abs(a - b) > (1e-4 if steps.device.type == "cpu" else 2e-2) * a for a, b in zip(plain, found, strict=True)
+        ):
+            raise SystemExit(f"compiled, pass {number}: loss and gradient norm {found}, without compilation {plain}")
+
+
 def time_of(steps: Steps, kinds: Sequence[str], count: int) -> dict[str, dict[str, float]]:
     """Medians of each kind that fits into memory; the kinds take turns."""
     seconds: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
@@ -356,6 +378,9 @@ def measure(steps: Steps, size: str, option: str, args: argparse.Namespace, peak
     alpha_0, on_cpu = steps.objective.alpha_0, steps.device.type == "cpu"
     out: dict[str, Any] = {"size": size, "layers": steps.shape.num_layers, "alpha_0": alpha_0, "option": option}
     out |= {"rows": steps.rows, "capacity": steps.capacity}
+    if option in ("compile", "graphs"):
+        with contextlib.suppress(torch.OutOfMemoryError):
+            check_compiled(steps)
     if option == "plain":
         try:
             out["loss"] = check_losses(steps)
@@ -515,9 +540,8 @@ def matrix(args: argparse.Namespace, device: torch.device, peak: float) -> Itera
     for size in args.sizes.split(","):
         steps = Steps(size, alphas[0], args.rows or ROWS.get(size, 8), device)
         for option in [option for option in OPTIONS if option in args.options.split(",")]:
-            if option == "compile":
-                for block in steps.model.layers.values():
-                    block.compile()
+            if option in ("compile", "graphs"):
+                steps.model.compile_blocks(cuda_graphs=option == "graphs")
             for alpha_0 in alphas:
                 steps.choose(alpha_0, recompute=option == "recompute")
                 row = measure(steps, size, option, args, peak)
@@ -535,7 +559,7 @@ def main() -> int:
         "--alphas", default="1,0.25,0" if gpu else "1,0.5,0.25,0", help="alpha_0 of each line of the table"
     )
     parser.add_argument(
-        "--options", default="plain,recompute,compile" if gpu else "plain", help=f"of {', '.join(OPTIONS)}"
+        "--options", default="plain,recompute,compile,graphs" if gpu else "plain", help=f"of {', '.join(OPTIONS)}"
     )
     parser.add_argument("--steps", type=int, default=5, help="measured steps of each kind (default: 5)")
     parser.add_argument("--rows", type=int, help="rows in a step (default: by size)")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator
+from types import MethodType
 from typing import Any, Protocol
 
 import torch
@@ -97,8 +98,8 @@ class Block(nn.Module):
 
         Attention itself is kernels already, and other parts of a block than these have no arithmetic.
         """
-        self._before = torch.compile(self._before, fullgraph=True, **options)  # type: ignore[method-assign]
-        self._after = torch.compile(self._after, fullgraph=True, **options)  # type: ignore[method-assign]
+        for name in ("_before", "_after"):  # of the class, so that compiling again replaces what was compiled
+            setattr(self, name, torch.compile(MethodType(getattr(Block, name), self), fullgraph=True, **options))
 
     def _before(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         return self.attention.project(self.norm1(x), rope)
@@ -147,6 +148,17 @@ class EsoLM(nn.Module):
             self.final_norm = Norm(config, linears, config.hidden_size)
             self.head = VocabHead(config, linears, own_weight=not (config.tied_embeddings and first))
         self.input_tensor: Tensor | None = None
+        self.cuda_graphs = False
+
+    def compile_blocks(self, *, cuda_graphs: bool = False, **options: Any) -> None:
+        """Compile every block, see `Block.compile`; with `cuda_graphs` a GPU replays all but the last one.
+
+        The last block is fed as many tokens as carry loss, which is another number in each step.
+        """
+        self.cuda_graphs = cuda_graphs
+        for block in self.layers.values():
+            replayed = cuda_graphs and block.layer < self.shape.num_layers - 1
+            block.compile(**options, **({"mode": "reduce-overhead"} if replayed else {}))
 
     def set_input_tensor(self, tensors: list[Tensor] | Tensor) -> None:
         """Keep what the stage before sent, for the next forward."""
@@ -172,6 +184,8 @@ class EsoLM(nn.Module):
         `logits` wants.
         Returns (T', 1, H), (M, V / tensor_size) or (M,); (M, H) without the head.
         """
+        if self.cuda_graphs:  # what graphs made in an earlier pass may be overwritten from here on
+            torch.compiler.cudagraph_mark_step_begin()
         ids = last_ids = None
         if dropout_ids is not None and self.shape.dropout > 0:
             ids = self.linears.own_tokens(dropout_ids)

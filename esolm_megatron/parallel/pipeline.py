@@ -40,9 +40,8 @@ def build_chunks(config: Config, megatron: TransformerConfig, topology: Topology
             recompute=config.parallel.recompute,
         )
         initialise(model, config.seed)
-        for block in model.layers.values():
-            if config.train.compile:
-                block.compile()
+        if config.train.compile:
+            model.compile_blocks(cuda_graphs=config.train.cuda_graphs)
         # what megatron-core's schedules look up on a model
         model.config, model.model_type = megatron, ModelType.encoder_or_decoder  # type: ignore[assignment]
         model.vp_stage = chunk if num_chunks > 1 else None  # type: ignore[assignment]
