@@ -1,8 +1,10 @@
 """The processes of `prepare`: what they are made of, what they tell, and what becomes of their errors."""
 
+import contextlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -121,3 +123,67 @@ def test_an_error_of_a_task_is_that_of_the_run(tmp_path, error, kind, text):
     if error is not None:
         assert "in __call__" in found.value.__notes__[0]
         assert getattr(found.value, "errno", None) == getattr(error, "errno", None)
+
+
+class Sleep:
+    """Work that takes longer than a test may; with `fails`, the first task fails once all are under way."""
+
+    def __init__(self, folder, fails):
+        self.folder, self.fails = folder, fails
+
+    def __call__(self, task, advance):
+        (self.folder / f"pid-{os.getpid()}").touch()
+        until(lambda: len(pids(self.folder)) == 2)
+        if self.fails and task.number == 0:
+            raise DataError("enough")
+        time.sleep(1000)
+
+
+def pids(folder):
+    return [int(path.name.removeprefix("pid-")) for path in folder.glob("pid-*")]
+
+
+def alive(folder):
+    """Those of the processes that still run; what has ended and is not yet waited for does not."""
+    found = []
+    for pid in pids(folder):
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                found.append(pid)
+    return found
+
+
+def until(true, seconds=60):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_an_error_ends_processes_that_are_busy(tmp_path):
+    write_documents(tmp_path / "text.jsonl", 541)
+    with pytest.raises(DataError, match="enough"), workers(2) as run:
+        run(Sleep(tmp_path, True), as_tasks(tmp_path / "text.jsonl", 3001), lambda count: None)
+    assert len(pids(tmp_path)) == 2
+    assert not alive(tmp_path)
+
+
+BUSY = """
+import sys
+import time
+from pathlib import Path
+from test_workers import Sleep, as_tasks, workers
+folder = Path(sys.argv[1])
+with workers(2) as run:
+    run(Sleep(folder, False), as_tasks(folder / "text.jsonl", 3001), lambda count: None)
+"""
+
+
+def test_busy_processes_end_with_the_one_that_started_them(tmp_path):
+    write_documents(tmp_path / "text.jsonl", 541)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    process = subprocess.Popen([sys.executable, "-c", BUSY, str(tmp_path)], env=environment)
+    until(lambda: len(alive(tmp_path)) == 2)
+    process.kill()
+    process.wait()
+    until(lambda: not alive(tmp_path), 20)
