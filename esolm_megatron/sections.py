@@ -1,17 +1,13 @@
-"""What every section of the configuration is, and the sections of data and of long runs."""
+"""The sections of data and of long runs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-
-class Section(BaseModel):
-    """A frozen group of fields that refuses names it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+from esolm_megatron.section import Section
 
 
 class GuardConfig(Section):
@@ -80,7 +76,7 @@ class DataConfig(Section):
     """Batches read ahead by a thread."""
     cross_document: bool = True
     """Attention crosses the boundaries of documents that share a row; false means that a token sees only its own."""
-    sources: dict[str, SourceConfig] = {}
+    sources: dict[str, SourceConfig] = Field({})
     """Instead of `data.path`: a mixture, {name: {path, weight}}."""
     weight_changes: tuple[WeightChange, ...] = ()
     """Steps from which the sources have other weights."""

@@ -17,7 +17,10 @@ ALL = [*MODULES, *sorted((ROOT / "checkpoints_conversion").rglob("*.py"))]
 
 LINES_PER_FILE = 500
 CODE_LINES = {
-    "the core": (5200, "model objective parallel train checkpoint boxes tensorfile config legal sections topology"),
+    "the core": (
+        5200,
+        "model objective parallel train checkpoint boxes tensorfile config legal sections section errors topology",
+    ),
     "data": (2800, "data"),
     "inference": (1600, "decoding sample inference huggingface evaluate score serve replay"),
     "what starts and watches runs": (2600, "launch plan doctor cluster commands cli __init__ __main__"),

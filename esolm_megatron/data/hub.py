@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from esolm_megatron.config import ConfigError
+from esolm_megatron.errors import ConfigError
 
 SCHEME = "hf://"
 _OPTIONS = ("config", "split", "revision")

@@ -22,8 +22,8 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from esolm_megatron.config import ConfigError
 from esolm_megatron.data import hub
+from esolm_megatron.errors import ConfigError
 
 STDIN = "-"
 LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")

@@ -6,7 +6,7 @@
 
 A task is finished by its record in OUTPUT/work; a run that was killed does the other tasks when it is started again.
 Standard input cannot be read twice: it is first copied to OUTPUT/stdin, which is deleted at the end like OUTPUT/work.
-`num_processes` starts processes by spawn: a program that calls `prepare` needs an `if __name__ == "__main__"` guard.
+The processes of `num_processes` are started anew by workers.py; nothing of the program that calls `prepare` is in them.
 """
 
 from __future__ import annotations
@@ -16,50 +16,32 @@ import errno
 import fcntl
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from esolm_megatron.config import ConfigError
 from esolm_megatron.data import hub, tasks
 from esolm_megatron.data.inputs import STDIN, Piece, check_input, cut, find_inputs
 from esolm_megatron.data.prepare_config import PrepareConfig, checked, load_prepare_config
-from esolm_megatron.data.shards import (
-    BLOCK_DTYPE,
-    FORMAT_VERSION,
-    SPLITS,
-    DataError,
-    Manifest,
-    ShardReader,
-    SourceCounts,
-    write_durably,
-    write_manifest,
-)
-from esolm_megatron.data.tasks import REASONS, Advance, Task
-from esolm_megatron.data.tokenizer import Tokenizer
+from esolm_megatron.data.shard_writer import SPLITS, write_durably
+from esolm_megatron.data.shards import BLOCK_DTYPE, FORMAT_VERSION, Manifest, ShardReader, SourceCounts, write_manifest
+from esolm_megatron.data.tasks import REASONS, Advance, Rules, Task
+from esolm_megatron.data.tokenizer import Encoder
+from esolm_megatron.data.workers import workers
+from esolm_megatron.errors import ConfigError, DataError
 
 __all__ = ["PrepareConfig", "Summary", "load_prepare_config", "prepare"]
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_POLL_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -106,16 +88,17 @@ def prepare(config: PrepareConfig, progress: bool = True, stdin: BinaryIO | None
         spooled = _spool(config, folder, old, stdin or sys.stdin.buffer) if STDIN in config.inputs else None
         pinned = old.get("pinned") or {a: hub.pinned(a) for a in find_inputs(config.inputs) if a.startswith(hub.SCHEME)}
         work = _tasks(config, pinned, folder)
-        identity = {**_identity(config, tokenizer, work), "stdin": spooled, "pinned": pinned}
+        identity = {**_identity(config, tokenizer.fingerprint, work), "stdin": spooled, "pinned": pinned}
         _check_identity(folder, old, identity)
         resumed = len(work)
         if not (folder / "manifest.json").exists():
             for name in ("shards", "work"):
                 (folder / name).mkdir(exist_ok=True)
             tokenizer.save(folder / "tokenizer")
-            tasks.loaded[tokenizer.fingerprint] = tokenizer
-            resumed = _run_tasks(config, folder, tokenizer, work, progress)
-            _finish(config, folder, tokenizer, work)
+            encoder = tokenizer.encoder
+            del tokenizer  # of tens of thousands of lists, which every collection of garbage would look through
+            resumed = _run_tasks(config, folder, encoder, work, progress)
+            _finish(config, folder, encoder, work)
         for name in ("work", "stdin"):
             shutil.rmtree(folder / name, ignore_errors=True)
     manifest = ShardReader(folder).manifest
@@ -237,7 +220,7 @@ def _tasks(config: PrepareConfig, pinned: dict[str, str], folder: Path) -> list[
     return [*made, Task(len(made), tuple(pieces))] if pieces else made
 
 
-def _identity(config: PrepareConfig, tokenizer: Tokenizer, work: list[Task]) -> dict[str, Any]:
+def _identity(config: PrepareConfig, fingerprint: str, work: list[Task]) -> dict[str, Any]:
     """Whatever the bytes of the result depend on, by field; of the inputs their names and sizes."""
     skipped = {"inputs", "output", "tokenizer", "num_processes"}
     tree = {name: value for name, value in config.model_dump(mode="json").items() if name not in skipped}
@@ -250,7 +233,7 @@ def _identity(config: PrepareConfig, tokenizer: Tokenizer, work: list[Task]) -> 
     files = len({p.path for task in work for p in task.pieces if config.inputs[p.entry] != STDIN})
     size = sum(p.bytes for task in work for p in task.pieces if config.inputs[p.entry] != STDIN)
     inputs = f"{files} files, {size} bytes, digest {digest}"
-    return {**tree, "format_version": FORMAT_VERSION, "inputs": inputs, "tokenizer": tokenizer.fingerprint[:16]}
+    return {**tree, "format_version": FORMAT_VERSION, "inputs": inputs, "tokenizer": fingerprint[:16]}
 
 
 def _check_identity(folder: Path, old: dict[str, Any], identity: dict[str, Any]) -> None:
@@ -271,121 +254,39 @@ def _check_identity(folder: Path, old: dict[str, Any], identity: dict[str, Any])
         )
 
 
-def _run_tasks(config: PrepareConfig, folder: Path, tokenizer: Tokenizer, work: list[Task], progress: bool) -> int:
+def _run_tasks(config: PrepareConfig, folder: Path, encoder: Encoder, work: list[Task], progress: bool) -> int:
     """Number of tasks that were already done; the others are done here."""
     _sweep(folder)
     todo = [task for task in work if not tasks.is_done(folder, task)]
     processes = config.num_processes or len(os.sched_getaffinity(0))
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with (
-        Progress(
-            TextColumn("{task.description}"),
-            *columns,
-            console=Console(stderr=True),
-            disable=not progress,
-            speed_estimate_period=300,
-        ) as bar,
-        _workers(min(processes, len(todo))) as run,
-    ):
+    rules = Rules.of(config)
+    with _bar(progress) as line, workers(min(processes, len(todo))) as run:
         if config.deduplicate and todo:
             unscanned = [task for task in work if not tasks.scan_path(folder, task).exists()]
-            run(partial(tasks.scan, config=config, folder=folder), unscanned, _line(bar, "scan", unscanned))
+            run(partial(tasks.scan, rules=rules, folder=folder), unscanned, line("scan", unscanned))
             tasks.mark_duplicates(folder, work)
-        encode = partial(tasks.tokenize, config=config, folder=folder, fingerprint=tokenizer.fingerprint)
-        run(encode, todo, _line(bar, "tokenize", todo))
+        encode = partial(tasks.tokenize, rules=rules, folder=folder, encoder=encoder)
+        run(encode, todo, line("tokenize", todo))
     return len(work) - len(todo)
 
 
-def _line(bar: Progress, name: str, work: list[Task]) -> Callable[[int], None]:
-    """A function that shows how many bytes are done on a new line of the progress bar."""
-    line = bar.add_task(f"{name:>8}", total=sum(task.bytes for task in work) or None)
-    return lambda count: bar.update(line, completed=count)
-
-
 @contextlib.contextmanager
-def _workers(count: int) -> Iterator[Callable[..., None]]:
-    """A function that does tasks, in this process or in `count`, the same for all calls.
-
-    Whatever ends this process, or the block, ends the others at once.
-    """
-    if count < 2:
-        yield _run_here
+def _bar(visible: bool) -> Iterator[Callable[[str, list[Task]], Advance]]:
+    """A function that begins a line of the progress bar, and gives one that shows how many bytes are done on it."""
+    if not visible:
+        yield lambda name, work: lambda count: None
         return
-    context = multiprocessing.get_context("spawn")
-    alive, held = context.Pipe(duplex=False)
-    under_way = context.RawArray("q", count)
-    with ProcessPoolExecutor(count, context, _start_process, (alive, context.Value("i", 0), under_way)) as pool:
-        try:
-            yield partial(_run_in, pool, under_way)
-        except BrokenProcessPool as error:
-            raise DataError(
-                "a process of prepare died, as for want of memory; start it again, it continues; if it dies again, "
-                "lower task_bytes or num_processes"
-            ) from error
-        except BaseException:
-            held.close()
-            raise
-    held.close()
+    from rich import console, progress  # which cost some hundred documents, and are not always wanted
 
+    kinds = (progress.BarColumn, progress.DownloadColumn, progress.TransferSpeedColumn, progress.TimeRemainingColumn)
+    columns = (progress.TextColumn("{task.description}"), *(kind() for kind in kinds))
+    with progress.Progress(*columns, console=console.Console(stderr=True), speed_estimate_period=300) as bar:
 
-def _run_here(work: Callable[[Task, Advance], None], todo: list[Task], shown: Callable[[int], None]) -> None:
-    finished = 0
-    for task in todo:
-        work(task, partial(_add_and, shown, finished))
-        finished += task.bytes
-        shown(finished)
+        def line(name: str, work: list[Task]) -> Advance:
+            number = bar.add_task(f"{name:>8}", total=sum(task.bytes for task in work) or None)
+            return lambda count: bar.update(number, completed=count)
 
-
-def _run_in(
-    pool: ProcessPoolExecutor,
-    under_way: Any,
-    work: Callable[[Task, Advance], None],
-    todo: list[Task],
-    shown: Callable[[int], None],
-) -> None:
-    left, finished = iter(todo), 0
-    waiting = {pool.submit(_do, work, task): task for task in islice(left, 2 * len(under_way))}
-    while waiting:
-        done, _ = wait(waiting, _POLL_S, return_when="FIRST_COMPLETED")
-        for future in done:
-            future.result()
-            finished += waiting.pop(future).bytes
-        waiting |= {pool.submit(_do, work, task): task for task in islice(left, len(done))}
-        shown(finished + sum(under_way))
-
-
-def _add_and(shown: Callable[[int], None], before: int, done: int) -> None:
-    shown(before + done)
-
-
-_slot: Any = None
-"""In a process of the pool: where it says how far it is, an array and a place in it."""
-
-
-def _start_process(alive: Connection, started: Any, under_way: Any) -> None:
-    global _slot  # noqa: PLW0603 - a process of a pool has no other place to keep what it was started with
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with started.get_lock():
-        _slot = under_way, started.value % len(under_way)
-        started.value += 1
-    threading.Thread(target=_end_with, args=(alive,), daemon=True).start()
-
-
-def _end_with(alive: Connection) -> None:
-    """End this process when the other end is closed, however that one died: the next run must not meet its writes."""
-    alive.poll(None)
-    os._exit(1)
-
-
-def _do(work: Callable[[Task, Advance], None], task: Task) -> None:
-    array, place = _slot
-
-    def advance(done: int) -> None:
-        array[place] = done
-
-    work(task, advance)
-    advance(0)
+        yield line
 
 
 def _source_name(entry: str) -> str:
@@ -396,7 +297,7 @@ def _source_name(entry: str) -> str:
     return hub.SCHEME + (Path(name).name if Path(name).exists() else name)
 
 
-def _finish(config: PrepareConfig, folder: Path, tokenizer: Tokenizer, work: list[Task]) -> None:
+def _finish(config: PrepareConfig, folder: Path, encoder: Encoder, work: list[Task]) -> None:
     """Put the records together: index, then manifest."""
     records = [json.loads(tasks.record_path(folder, task).read_text()) for task in work]
     sources = []
@@ -423,10 +324,10 @@ def _finish(config: PrepareConfig, folder: Path, tokenizer: Tokenizer, work: lis
         sums = {name: sum(part[name] for part in parts) for name in ("documents", "tokens")}
         splits[split] = {**sums, "blocks": len(rows) - begin}
     manifest = {
-        "tokenizer_fingerprint": tokenizer.fingerprint,
-        "vocab_size": tokenizer.vocab_size,
-        "eos_id": tokenizer.eos_id,
-        "dtype": tasks.token_dtype(tokenizer).name,
+        "tokenizer_fingerprint": encoder.fingerprint,
+        "vocab_size": encoder.vocab_size,
+        "eos_id": encoder.eos_id,
+        "dtype": tasks.token_dtype(encoder).name,
         "seed": config.seed,
         "block_tokens": config.block_tokens,
         "validation_fraction": config.validation_fraction,

@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from esolm_megatron.config import ConfigError, Section, read_tree
 from esolm_megatron.data.inputs import check_input, find_inputs
 from esolm_megatron.data.tokenizer import Tokenizer, TokenizerError, load_tokenizer
+from esolm_megatron.errors import ConfigError
+from esolm_megatron.section import Section
 
 
 class PrepareConfig(Section):
@@ -59,6 +60,8 @@ def load_prepare_config(path: str | Path, overrides: list[str] | tuple[str, ...]
     Raises:
         ConfigError: with every problem, one a line, headed by the file's name.
     """
+    from esolm_megatron.config import read_tree  # and with it all sections of a run, which `prepare` can do without
+
     tree = read_tree(path, overrides)
     try:
         config, problems = PrepareConfig.model_validate(tree), []

@@ -11,7 +11,7 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,9 +19,9 @@ import numpy as np
 
 from esolm_megatron.data.inputs import Meter, Piece, read_documents
 from esolm_megatron.data.order import permutation
-from esolm_megatron.data.prepare_config import PrepareConfig
-from esolm_megatron.data.shards import SPLITS, DataError, Packer, ShardWriter, npy_bytes, write_durably
-from esolm_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from esolm_megatron.data.shard_writer import SPLITS, Packer, ShardWriter, npy_bytes, write_durably
+from esolm_megatron.data.tokenizer import Encoder
+from esolm_megatron.errors import DataError
 
 REASONS = ("unreadable", "too_short", "too_long", "duplicate")
 SCAN_DTYPE = np.dtype([("hash", "<u8"), ("crc", "<u4")])
@@ -29,9 +29,6 @@ SCAN_DTYPE = np.dtype([("hash", "<u8"), ("crc", "<u4")])
 _BATCH_BYTES = 1 << 18
 _HASHES_AT_ONCE = 1 << 25
 _ADVANCE_DOCUMENTS = 256
-
-loaded: dict[str, Tokenizer] = {}
-"""Tokenizers that this process has already, by fingerprint."""
 
 Advance = Callable[[int], None]
 """Told how many bytes of the task, as stored, are done."""
@@ -46,6 +43,28 @@ class Document(NamedTuple):
     size: int
     """Bytes of UTF-8."""
     hash: int
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The fields of a PrepareConfig that tasks go by, without pydantic: processes start sooner."""
+
+    text_field: str
+    validation_fraction: float
+    block_tokens: int
+    shard_tokens: int
+    task_bytes: int
+    seed: int
+    min_document_chars: int
+    max_document_chars: int | None
+    min_document_bytes: int
+    max_document_bytes: int | None
+    deduplicate: bool
+
+    @classmethod
+    def of(cls, config: object) -> Rules:
+        """Those of a PrepareConfig."""
+        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
 
 
 @dataclass(frozen=True)
@@ -85,10 +104,10 @@ def is_done(folder: Path, task: Task) -> bool:
     return all(place.exists() and place.stat().st_size == size for place, size in places)
 
 
-def scan(task: Task, advance: Advance, config: PrepareConfig, folder: Path) -> None:
+def scan(task: Task, advance: Advance, rules: Rules, folder: Path) -> None:
     """Write the hash of each document of a task."""
     rows, place = [], Meter()
-    for _, _, data in _documents(task, config, {}, place):
+    for _, _, data in _documents(task, rules, {}, place):
         rows.append((_hash(data), zlib.crc32(data)))
         if len(rows) % _ADVANCE_DOCUMENTS == 0:
             advance(place.done)
@@ -120,26 +139,25 @@ def mark_duplicates(folder: Path, tasks: list[Task], at_once: int = _HASHES_AT_O
         write_durably(_duplicate_path(folder, task), npy_bytes(mark))
 
 
-def tokenize(task: Task, advance: Advance, config: PrepareConfig, folder: Path, fingerprint: str) -> None:
+def tokenize(task: Task, advance: Advance, rules: Rules, folder: Path, encoder: Encoder) -> None:
     """Write the shards of a task, then its record.
 
     Raises:
         DataError: the inputs changed after they were scanned, or cannot be read.
     """
-    tokenizer = _worker_tokenizer(folder / "tokenizer", fingerprint)
     packers = {}
     for split in SPLITS:
         stem = f"{split}-{task.number:05d}"
-        writer = ShardWriter(folder / "shards", stem, config.shard_tokens)
-        packers[split] = Packer(writer, stem, config.block_tokens, token_dtype(tokenizer), tokenizer.eos_id)
+        writer = ShardWriter(folder / "shards", stem, rules.shard_tokens)
+        packers[split] = Packer(writer, stem, rules.block_tokens, token_dtype(encoder), encoder.eos_id)
     train, validation = packers["train"], packers["validation"]
     counts: Counts = {}
-    place, before, limit = Meter(), 0, round(config.validation_fraction * 1_000_000)
-    for number, chunk in enumerate(_chunks(_kept(task, config, folder, counts, place), config.task_bytes)):
-        order = permutation(len(chunk), config.seed, "documents", task.number, number).tolist()
+    place, before, limit = Meter(), 0, round(rules.validation_fraction * 1_000_000)
+    for number, chunk in enumerate(_chunks(_kept(task, rules, folder, counts, place), rules.task_bytes)):
+        order = permutation(len(chunk), rules.seed, "documents", task.number, number).tolist()
         size, done, read = sum(document.size for document in chunk), 0, place.done - before
         for batch in _chunks((chunk[index] for index in order), _BATCH_BYTES):
-            arrays = tokenizer.encode_arrays([document.text for document in batch])
+            arrays = encoder.encode_arrays([document.text for document in batch])
             for ids, document in zip(arrays, batch, strict=True):
                 (validation if document.hash % 1_000_000 < limit else train).add(ids)
                 done += document.size
@@ -152,39 +170,28 @@ def tokenize(task: Task, advance: Advance, config: PrepareConfig, folder: Path, 
     write_durably(record_path(folder, task), json.dumps({"counts": counts, "splits": splits}).encode())
 
 
-def _worker_tokenizer(folder: Path, fingerprint: str) -> Tokenizer:
-    if fingerprint not in loaded:
-        tokenizer = load_tokenizer(folder)
-        if tokenizer.fingerprint != fingerprint:
-            raise DataError(
-                f"{folder}: holds another tokenizer than prepare began with; delete the output and start again"
-            )
-        loaded[fingerprint] = tokenizer
-    return loaded[fingerprint]
-
-
-def token_dtype(tokenizer: Tokenizer) -> np.dtype:
+def token_dtype(encoder: Encoder) -> np.dtype:
     """The smallest type for all tokens and the mask."""
-    return np.dtype("<u2" if tokenizer.vocab_size < 1 << 16 else "<u4")
+    return np.dtype("<u2" if encoder.vocab_size < 1 << 16 else "<u4")
 
 
 def _hash(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
-def _documents(task: Task, config: PrepareConfig, counts: Counts, place: Meter) -> Iterator[tuple[int, str, bytes]]:
+def _documents(task: Task, rules: Rules, counts: Counts, place: Meter) -> Iterator[tuple[int, str, bytes]]:
     """Entry, text and UTF-8 bytes of the documents of a task that are readable and neither too short nor too long."""
-    c, none = config, float("inf")
-    most_chars, most_bytes = c.max_document_chars or none, c.max_document_bytes or none
+    r, none = rules, float("inf")
+    most_chars, most_bytes = r.max_document_chars or none, r.max_document_bytes or none
     before = 0
     for piece in task.pieces:
         count, meter = counts.setdefault(piece.entry, Counter()), Meter()
-        for document in _read(piece, config.text_field, meter):
+        for document in _read(piece, r.text_field, meter):
             count["read"] += 1
             place.done = before + meter.done
             if document is None:
                 count["unreadable"] += 1
-            elif len(document[0]) < c.min_document_chars or len(document[1]) < c.min_document_bytes:
+            elif len(document[0]) < r.min_document_chars or len(document[1]) < r.min_document_bytes:
                 count["too_short"] += 1
             elif len(document[0]) > most_chars or len(document[1]) > most_bytes:
                 count["too_long"] += 1
@@ -201,10 +208,10 @@ def _read(piece: Piece, text_field: str, meter: Meter) -> Iterator[tuple[str, by
         raise DataError(f"{piece.path}: cannot be read to its end: {error}; repair it or leave it out") from error
 
 
-def _kept(task: Task, config: PrepareConfig, folder: Path, counts: Counts, place: Meter) -> Iterator[Document]:
+def _kept(task: Task, rules: Rules, folder: Path, counts: Counts, place: Meter) -> Iterator[Document]:
     """The documents of a task that are not left out; `counts` gets all of them by fate."""
-    if not config.deduplicate:
-        for entry, text, data in _documents(task, config, counts, place):
+    if not rules.deduplicate:
+        for entry, text, data in _documents(task, rules, counts, place):
             count = counts[entry]
             count["kept"] += 1
             count["text_bytes"] += len(data)
@@ -214,7 +221,7 @@ def _kept(task: Task, config: PrepareConfig, folder: Path, counts: Counts, place
     duplicate = np.load(_duplicate_path(folder, task), allow_pickle=False)
     hashes, crcs, index = rows["hash"].copy(), rows["crc"].copy(), 0
     same = True
-    for entry, text, data in _documents(task, config, counts, place):
+    for entry, text, data in _documents(task, rules, counts, place):
         count = counts[entry]
         same = index < len(rows) and zlib.crc32(data) == crcs[index]
         if not same:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,27 @@ _PROBE = (
 
 class TokenizerError(ValueError):
     """A tokenizer that cannot be loaded or does not do what a run needs."""
+
+
+class Encoder:
+    """Texts to token ids by the fastest engine: the part of a tokenizer that other processes get, which is quickly sent.
+
+    What it is made of has been compared with the whole tokenizer; a process that gets one needs no look at its folder.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, fast: Any, engine: Any):
+        """`fast` is None where only `engine`, of the tokenizers library, is sure to be right."""
+        self.fingerprint, self.vocab_size, self.eos_id = tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eos_id
+        self.fast = fast
+        self._engine: Any = None if fast is not None else engine
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of each text as a uint32 array."""
+        if self.fast is not None:
+            return [self.fast.encode_to_numpy(text, disallowed_special=()) for text in texts]
+        self._engine.encode_special_tokens = True  # which is lost when the library's tokenizer is sent
+        encodings = self._engine.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(encoding.ids, np.uint32) for encoding in encodings]
 
 
 class Tokenizer:
@@ -77,8 +99,6 @@ class Tokenizer:
                 f"{source}: {end_of_text!r} is an ordinary token, which a text may hold, and cannot end one; name a special "
                 f"token by end_of_text, or add {EOS!r} to tokenizer.json"
             )
-        self._fast: Any = None
-        self._fast_tried = False
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without an end-of-text token."""
@@ -86,16 +106,13 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text; equal to `encode` of each."""
-        return [ids.tolist() for ids in self.encode_arrays(texts)]
+        return [ids.tolist() for ids in self.encoder.encode_arrays(texts)]
 
-    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text as a uint32 array; equal to `encode` of each, by the fastest engine."""
-        if not self._fast_tried:
-            self._fast, self._fast_tried = _fast_engine(self._definition, self._engine), True
-        if self._fast is not None:
-            return [self._fast.encode_to_numpy(text, disallowed_special=()) for text in texts]
-        encodings = self._engine.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.asarray(encoding.ids, np.uint32) for encoding in encodings]
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The fastest engine that gives the ids of `encode`; it can be sent to other processes."""
+        fast = _fast_engine(self._definition, self._engine)
+        return Encoder(self, fast, self._engine)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; the mask, and any id above it, is shown as [MASK]."""

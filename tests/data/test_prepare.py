@@ -18,7 +18,7 @@ from esolm_megatron.config import ConfigError
 from esolm_megatron.data.inputs import cut
 from esolm_megatron.data.prepare import PrepareConfig, load_prepare_config, prepare
 from esolm_megatron.data.shards import DataError, ShardReader
-from esolm_megatron.data.tasks import SCAN_DTYPE, Task, tokenize
+from esolm_megatron.data.tasks import SCAN_DTYPE, Rules, Task, tokenize
 from esolm_megatron.data.tokenizer import load_tokenizer
 
 
@@ -203,10 +203,9 @@ def test_progress_moves_within_a_task(tmp_path):
     )
     (tmp_path / "out" / "shards").mkdir(parents=True)
     (tmp_path / "out" / "work").mkdir()
-    tokenizer, seen = load_tokenizer("bytes"), []
-    tokenizer.save(tmp_path / "out" / "tokenizer")
+    seen = []
     task = Task(0, tuple(cut(tmp_path / "a.jsonl", 1 << 30)))
-    tokenize(task, seen.append, config, tmp_path / "out", tokenizer.fingerprint)
+    tokenize(task, seen.append, Rules.of(config), tmp_path / "out", load_tokenizer("bytes").encoder)
     assert len(seen) > 20
     assert seen == sorted(seen)
     assert seen[0] < task.bytes / 10

@@ -61,7 +61,7 @@ def workers(group):
     for path in Path("/proc").glob("[0-9]*"):
         try:
             fields = (path / "stat").read_text().rpartition(")")[2].split()
-            if int(fields[2]) == group and fields[0] != "Z" and "spawn_main" in (path / "cmdline").read_text():
+            if int(fields[2]) == group and fields[0] != "Z" and "data.workers" in (path / "cmdline").read_text():
                 found.append(int(path.name))
         except (OSError, IndexError):
             continue

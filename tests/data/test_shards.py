@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import webdataset
 
-from esolm_megatron.data.shards import DataError, Packer, ShardCorrupt, ShardMissing, ShardReader, ShardWriter
+from esolm_megatron.data.shard_writer import Packer, ShardWriter, npy_bytes
+from esolm_megatron.data.shards import DataError, ShardCorrupt, ShardMissing, ShardReader
 from esolm_megatron.data.stream import TokenStream, ValidationSet
+from esolm_megatron.data.tasks import SCAN_DTYPE
 from esolm_megatron.data.verify import verify
 
 
@@ -49,6 +51,15 @@ def test_look_ahead_is_the_next_token(prepared):
         reader.read_into(block, reader.manifest.block_tokens, last)
         reader.read_into(block + 1, 0, first)
         assert last == first
+
+
+@pytest.mark.parametrize(
+    "array", [np.arange(7, dtype="<u2"), np.empty(0, "<u4"), np.ones((2, 3), bool), np.zeros(3, SCAN_DTYPE)]
+)
+def test_npy_files_are_those_of_numpy(array):
+    out = io.BytesIO()
+    np.save(out, array)
+    assert npy_bytes(array) == out.getvalue()
 
 
 @pytest.mark.parametrize("lengths", [[0], [6], [7], [4, 0, 0, 1, 13, 6], [30], [6, 6, 6]])

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -10,7 +11,7 @@ from typing import ClassVar
 import pytest
 
 from esolm_megatron.data.corpus import python_library_documents
-from esolm_megatron.data.tokenizer import EOS, TokenizerError, load_tokenizer, train_tokenizer
+from esolm_megatron.data.tokenizer import EOS, Encoder, TokenizerError, load_tokenizer, train_tokenizer
 
 TEXTS = [
     "def f(x):\n\treturn x  # it's 3.14\n\n",
@@ -40,7 +41,18 @@ def test_text_comes_back(tokenizer):
 
 def test_batch_equals_single_and_is_the_fast_engine(tokenizer):
     assert tokenizer.encode_batch(TEXTS) == [tokenizer.encode(text) for text in TEXTS]
-    assert tokenizer._fast is not None
+    assert tokenizer.encoder.fast is not None
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_an_encoder_that_was_sent_gives_the_same_ids(tokenizer, fast):
+    """The tokenizers library forgets, when it is sent, that text is only ever text."""
+    encoder = Encoder(tokenizer, tokenizer.encoder.fast if fast else None, tokenizer._engine)
+    sent = pickle.loads(pickle.dumps(encoder))
+    assert (sent.fast is not None) == fast
+    assert [ids.tolist() for ids in sent.encode_arrays(TEXTS)] == [tokenizer.encode(text) for text in TEXTS]
+    for name in ("fingerprint", "vocab_size", "eos_id"):
+        assert getattr(sent, name) == getattr(tokenizer, name)
 
 
 def test_text_cannot_forge_the_end_of_a_document(tokenizer):
@@ -94,7 +106,7 @@ def test_without_tiktoken_the_tokens_are_the_same(trained, monkeypatch):
     slow = load_tokenizer_of(trained)
     monkeypatch.setitem(sys.modules, "tiktoken", None)
     assert slow.encode_batch(TEXTS) == trained.encode_batch(TEXTS)
-    assert slow._fast is None
+    assert slow.encoder.fast is None
 
 
 def load_tokenizer_of(tokenizer):
@@ -115,7 +127,7 @@ def test_fast_engine_is_refused_where_it_could_differ(trained, change):
     other = type(trained)(tree, "changed")
     texts = [*TEXTS, "zqzqzq", "SELF self"]
     assert other.encode_batch(texts) == [other.encode(text) for text in texts]
-    assert other._fast is None
+    assert other.encoder.fast is None
 
 
 def test_errors_name_what_is_missing(trained, tmp_path):
@@ -154,7 +166,7 @@ def test_the_end_of_text_that_a_folder_declares_is_used_and_kept(trained, tmp_pa
     copy = load_tokenizer(tmp_path / "b")
     assert (copy.eos_id, copy.fingerprint) == (tokenizer.eos_id, tokenizer.fingerprint)
     assert copy.encode_batch(TEXTS) == tokenizer.encode_batch(TEXTS)
-    assert tokenizer._fast is not None
+    assert tokenizer.encoder.fast is not None
 
 
 def test_another_end_of_text_is_another_tokenizer(trained, tmp_path):
