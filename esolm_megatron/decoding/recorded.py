@@ -29,6 +29,8 @@ from esolm_megatron.model.transformer import EsoLM
 MOST_TOKENS = 2048
 RECORD_AT = 3
 """The pass of its size that is recorded: those before it warm the libraries up, and rare sizes are not worth it."""
+MOST_GRAPHS = 256
+"""Sizes that are recorded; a server may meet more, and each keeps some memory."""
 
 
 @dataclass(frozen=True)
@@ -107,14 +109,15 @@ class RecordedPasses:
             self._inputs[size] = torch.empty_like(values, device=self.fed.device)
         inputs, number = self._inputs[size], size.rows * size.masks
         inputs.copy_(values)
-        if not self.record or self.counts[size] < RECORD_AT:
-            return self._forward(size, inputs)
         if size not in self._graphs:
+            if not self.record or self.counts[size] < RECORD_AT or len(self._graphs) == MOST_GRAPHS:
+                return self._forward(size, inputs)
             if number not in self._logits:
                 self._logits[number] = torch.empty_like(self._forward(size, inputs))
-            self._graphs[size] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graphs[size], pool=self._pool):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
                 self._logits[number].copy_(self._forward(size, inputs))
+            self._graphs[size] = graph
         self._graphs[size].replay()
         return self._logits[number]
 
