@@ -2,7 +2,7 @@ r"""Sampling against three baselines in one run: how many tokens a second, and C
 
     python tools/benchmark_sample.py                         # 124M on a CPU, some minutes
     python tools/benchmark_sample.py --shape toy --batch 1 16 --length 256 --steps 16 one
-    python tools/benchmark_sample.py --device cuda --dtype bf16 --batch 1 16 128 512 --length 256 1024 8192 \
+    python tools/benchmark_sample.py --device cuda --dtype bf16 --bars --batch 1 16 128 512 --length 256 1024 8192 \
         --steps 16 64 256 one --budget 400                   # under 8 minutes
 
 Baselines, of the same random weights, written here:
@@ -13,11 +13,13 @@ Baselines, of the same random weights, written here:
     ar        the same network left to right, one fed row a token, with our cache, products and draws
 
 Steps: T diffusion steps of the paper's schedule, or "one": one token a pass. All methods draw from the whole distribution.
-Methods take turns, the best of --repeats counts. --budget: seconds after which no cell is begun.
+Methods take turns, the best of --repeats counts. --budget: seconds after which no cell is begun. --bars: first the cells that
+have a bar, without `uncached`; exits with 1 where one is missed.
 """
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +34,7 @@ from torch import Tensor
 from esolm_megatron.config import ModelConfig
 from esolm_megatron.decoding.draw import draw_tokens
 from esolm_megatron.decoding.plan import plan_rows
+from esolm_megatron.decoding.recorded import RecordedPasses
 from esolm_megatron.model.cache import KVCache
 from esolm_megatron.model.layers import PlainLinears
 from esolm_megatron.model.products import FastProducts
@@ -42,6 +45,22 @@ SHAPES = {
     "124m": {"num_layers": 12, "hidden_size": 768, "num_heads": 12, "vocab_size": 50258},
     "toy": {"num_layers": 4, "hidden_size": 256, "num_heads": 4, "vocab_size": 50258},
 }
+
+
+# (batch, length, steps) -> least tokens/s on one H200 at 124M, or least times that a baseline costs
+GPU_BARS = {
+    (512, 1024, "16"): {"tokens/s": 600e3},
+    (512, 1024, "128"): {"tokens/s": 300e3},
+    (512, 1024, "one"): {"tokens/s": 80e3},
+    (1, 8192, "one"): {"loop": 3.0, "ar": 0.95},
+}
+CPU_BARS = {
+    (1, 256, "16"): {"loop": 1.25},
+    (1, 256, "one"): {"loop": 1.25, "ar": 1 / 1.15},
+    (16, 256, "16"): {"loop": 1.6},
+    (16, 256, "one"): {"loop": 1.6},
+}
+TOY_BARS = {(16, 256, "16"): {"loop": 2.5}, (16, 256, "one"): {"loop": 2.5}}
 
 
 class ReferenceAttention:
@@ -106,14 +125,18 @@ def uncached(model: EsoLM, orders: Tensor, ks: list[int]) -> Tensor:
 
 @torch.inference_mode()
 def left_to_right(model: EsoLM, batch: int, length: int, device: torch.device) -> Tensor:
-    cache = KVCache(model.shape, batch, length, model.embedding.weight.dtype, device)
+    cache = KVCache(model.shape, batch, length + 1, model.embedding.weight.dtype, device)
     fed = torch.zeros(batch, length + 1, dtype=torch.int64, device=device)
-    products, rows = FastProducts(model), torch.arange(batch)
+    order = torch.arange(length + 1, device=device).expand(batch, -1)
+    recorded = RecordedPasses(model, cache, fed, order, True, None) if device.type == "cuda" else None
+    products, rows = FastProducts(model), np.arange(batch)
     for place in range(length):
-        at = torch.full((batch,), place)
-        cache.begin_step(rows, at, rows)
-        with products:
-            logits = model(fed[:, place], at.to(device), cache)
+        at = np.full(batch, place)
+        logits = None if recorded is None else recorded(rows, at, rows, rows)
+        if logits is None:
+            cache.begin_step(*(torch.from_numpy(x) for x in (rows, at, rows)))
+            with products:
+                logits = model(fed[:, place], order[:, place], cache)
         fed[:, place + 1] = draw_tokens(logits, torch.randint(2**62, (batch,), device=device))[0]
     return fed
 
@@ -129,26 +152,26 @@ def timed(action: Callable[[], object], device: torch.device) -> tuple[float, fl
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def cell(model: EsoLM, batch: int, length: int, steps: str, args: argparse.Namespace) -> list[dict]:
+def cell(model: EsoLM, batch: int, length: int, steps: str, methods: list[str], repeats: int) -> list[dict]:
     device = model.embedding.weight.device
     kind = (
         {"schedule": "first_hitting", "steps": 1} if steps == "one" else {"schedule": "binomial", "steps": int(steps)}
     )
     plans = plan_rows(range(batch), length, mask_id=model.shape.mask_id, alpha_0=1.0, **kind)
     orders, ks = torch.from_numpy(np.stack([p.order for p in plans])).to(device), plans[0].ks
-    methods = {
+    ways = {
         "ours": lambda: sample(model, batch, length, alpha_0=1.0, **kind),
         "loop": lambda: reference_loop(model, orders, ks),
         "ar": lambda: left_to_right(model, batch, length, device),
         "uncached": lambda: uncached(model, orders, ks[:2]),
     }
     best: dict[str, tuple[float, float]] = {}
-    for _ in range(args.repeats):
-        for name in args.methods:
+    for _ in range(repeats):
+        for name in methods:
             if name == "ar" and steps != "one":
                 continue
             try:
-                wall, cpu = timed(methods[name], device)
+                wall, cpu = timed(ways[name], device)
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
                 continue
@@ -166,39 +189,70 @@ def cell(model: EsoLM, batch: int, length: int, steps: str, args: argparse.Names
     ]  # fmt: skip
 
 
-def main() -> None:
+def missed(rows: list[dict], bars: dict) -> list[str]:
+    """A line for each bar that a cell misses."""
+    out = []
+    for key, wanted in bars.items():
+        found = {r["method"]: r for r in rows if (r["batch"], r["length"], r["steps"]) == key}
+        for name, least in wanted.items() if "ours" in found else ():
+            if name == "tokens/s":
+                value = found["ours"]["tokens_per_s"]
+            elif name in found:
+                value = found[name]["times_ours"]
+            else:
+                continue  # it did not fit into memory
+            if value < least:
+                out.append(f"batch {key[0]}, L {key[1]}, T {key[2]}: {name} {value:,.2f} is below {least:,.2f}")
+    return out
+
+
+def main() -> int:
     grammar = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     grammar.add_argument("--shape", choices=SHAPES, default="124m")
     grammar.add_argument("--device", default="cpu")
     grammar.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
-    grammar.add_argument("--batch", type=int, nargs="+", default=[1, 16])
+    grammar.add_argument("--batch", type=int, nargs="*", default=[1, 16])
     grammar.add_argument("--length", type=int, nargs="+", default=[256])
     grammar.add_argument("--steps", nargs="+", default=["16", "one"])
     grammar.add_argument("--methods", nargs="+", default=["ours", "loop", "ar", "uncached"])
     grammar.add_argument("--repeats", type=int, default=1)
     grammar.add_argument("--budget", type=float, default=1e9)
+    grammar.add_argument("--bars", action="store_true")
     grammar.add_argument("--json", type=Path)
     args = grammar.parse_args()
     begun, device = time.monotonic(), torch.device(args.device)
-    config = ModelConfig(seq_length=max(args.length), **SHAPES[args.shape])
+    bars = GPU_BARS if device.type == "cuda" else TOY_BARS if args.shape == "toy" else CPU_BARS
+    cells = {key: ["ours", "loop", "ar"] for key in bars} if args.bars else {}
+    for key in [(b, n, t) for n in args.length for b in args.batch for t in args.steps]:
+        cells.setdefault(key, args.methods)
+    config = ModelConfig(seq_length=max(key[1] for key in cells), **SHAPES[args.shape])
     model = EsoLM(config, PlainLinears({"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype], device))
     initialise(model, 0)
     sample(model, 1, 8, alpha_0=1.0, steps=2)  # what is done once
     columns = ("batch", "length", "steps", "passes", "method", "wall s", "CPU-s", "tokens/s", "cost, ours = 1")
     table, rows = Table(*columns), []
-    for length, batch, steps in [(n, b, t) for n in args.length for b in args.batch for t in args.steps]:
+    for (batch, length, steps), methods in cells.items():
         if time.monotonic() - begun > args.budget or (steps != "one" and int(steps) > length):
             continue
-        for row in cell(model, batch, length, steps, args):
+        for row in cell(model, batch, length, steps, methods, args.repeats):
             rows.append(row)
             numbers = (f"{row['wall_s']:.2f}", f"{row['cpu_s']:.2f}", f"{row['tokens_per_s']:.0f}")
             times = "" if row["times_ours"] is None else f"{row['times_ours']:.2f}"
             table.add_row(*(str(row[x]) for x in ("batch", "length", "steps", "passes", "method")), *numbers, times)
+        if args.json:  # as it grows: a run that is cut off leaves what it has
+            facts = {
+                "shape": args.shape,
+                "device": str(device),
+                "dtype": args.dtype,
+                "threads": torch.get_num_threads(),
+            }
+            args.json.write_text(json.dumps({**facts, "rows": rows}, indent=1))
     Console(width=110).print(table)
-    if args.json:
-        facts = {"shape": args.shape, "device": str(device), "dtype": args.dtype, "threads": torch.get_num_threads()}
-        args.json.write_text(json.dumps({**facts, "rows": rows}, indent=1))
+    low = missed(rows, bars) if args.bars else []
+    for line in low:
+        print(line)
+    return 1 if low else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -40,7 +40,7 @@ class Decoder:
         self.cache = KVCache(model.shape, num_rows, length + 1, model.embedding.weight.dtype, fed.device)
         self.recorded: RecordedPasses | None = None
         if fed.is_cuda if fixed_shapes is None else fixed_shapes:
-            self.recorded = RecordedPasses(model, self.cache, fed, order, record=fed.is_cuda)
+            self.recorded = RecordedPasses(model, self.cache, fed, order, fed.is_cuda, model.shape.mask_id)
         self.products = FastProducts(model)
         self.rows = np.empty(0, np.int64)
         self.known, self.cached, self.pass_of = (np.zeros(num_rows, np.int64) for _ in range(3))

@@ -60,7 +60,8 @@ def _power_of_two(number: int) -> int:
 class RecordedPasses:
     """Logits of small passes over a cache that has one slot more than `fed` has places.
 
-    record: make CUDA graphs; otherwise each pass runs as it is, at the same shapes. counts: passes of each size.
+    record: make CUDA graphs; otherwise each pass runs as it is, at the same shapes. mask_id: what is fed where the head
+    looks; None for what `fed` holds there, as in autoregressive decoding. counts: passes of each size.
     """
 
     model: EsoLM
@@ -68,6 +69,7 @@ class RecordedPasses:
     fed: Tensor
     order: Tensor
     record: bool
+    mask_id: int | None
     counts: Counter[Size] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -132,5 +134,7 @@ class RecordedPasses:
         cache.queries = Queries(size.rows, size.width, size.horizon, None, bias.view(size.rows, 1, size.width, -1))
         looking = bias.index_select(0, looked_at).view(size.rows, 1, size.masks, -1)
         cache.last = LastQueries(cache, looked_at, Queries(size.rows, size.masks, size.horizon, None, looking))
-        ids = self.fed[stored, place].masked_fill(is_mask.bool(), self.model.shape.mask_id)
+        ids = self.fed[stored, place]
+        if self.mask_id is not None:
+            ids = ids.masked_fill(is_mask.bool(), self.mask_id)
         return self.model(ids, self.order[stored, place], cache, last=cache.last)
