@@ -301,9 +301,10 @@ def _compile_problems(c: Any) -> Iterator[str]:
     for name, (value, fits) in wanted.items():
         if c.train.compile and not fits:
             yield f"train.compile = true: does not go with {name} = {value}; change it, or set train.compile=false"
-    alone = {
+    alone = {  # in fp32 gradients stay where graphs made them, and the next micro-batch's graphs write over them
         "train.compile": (c.train.compile, c.train.compile),
         "train.device": (c.train.device, c.train.device != "cpu"),
+        "train.precision": (c.train.precision, c.train.precision == "bf16"),
         "parallel.pipeline_size": (c.parallel.pipeline_size, c.parallel.pipeline_size == 1),
         "parallel.recompute": (c.parallel.recompute, c.parallel.recompute == "none"),
     }

@@ -1,6 +1,7 @@
 """The sampler against the reference's steps, the uncached network, exact likelihoods and enumerated distributions."""
 
 import copy
+import gc
 import itertools
 import json
 import pickle
@@ -151,6 +152,26 @@ def test_cache_keeps_its_memory_and_no_mask():
     assert not cache.keys[0].any(), "another layer's memory was written"
     cache.move(1, 0, 7)
     assert torch.equal(cache.values[:, 0, :, :7], cache.values[:, 1, :, :7])
+
+
+def test_a_cache_goes_with_its_owner():
+    """By counting references: gigabytes must not wait for a collection of garbage."""
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(isinstance(x, KVCache) for x in gc.get_objects())
+        for options in ({}, {"schedule": "first_hitting", "propose": 2}):
+            sample(random_model(), 2, 9, alpha_0=1.0, steps=4, **options)
+        assert sum(isinstance(x, KVCache) for x in gc.get_objects()) == before
+    finally:
+        gc.enable()
+
+
+def test_verified_proposals_take_one_cache(monkeypatch):
+    taken, allocate = [], KVCache.__init__
+    monkeypatch.setattr(KVCache, "__init__", lambda self, *args: (taken.append(args), allocate(self, *args))[1])
+    sample(random_model(), 2, 9, alpha_0=1.0, steps=4, schedule="first_hitting", propose=2)
+    assert len(taken) == 1
 
 
 def test_logits_are_made_some_at_a_time(monkeypatch):

@@ -18,6 +18,7 @@ have a bar, without `uncached`; exits with 1 where one is missed.
 """
 
 import argparse
+import gc
 import json
 import sys
 import time
@@ -173,6 +174,7 @@ def cell(model: EsoLM, batch: int, length: int, steps: str, methods: list[str], 
             try:
                 wall, cpu = timed(ways[name], device)
             except torch.OutOfMemoryError:
+                gc.collect()
                 torch.cuda.empty_cache()
                 continue
             scale = len(ks) / len(ks[:2]) if name == "uncached" else 1
@@ -190,19 +192,22 @@ def cell(model: EsoLM, batch: int, length: int, steps: str, methods: list[str], 
 
 
 def missed(rows: list[dict], bars: dict) -> list[str]:
-    """A line for each bar that a cell misses."""
+    """A line for each bar that a cell misses, or that was not measured."""
     out = []
-    for key, wanted in bars.items():
-        found = {r["method"]: r for r in rows if (r["batch"], r["length"], r["steps"]) == key}
-        for name, least in wanted.items() if "ours" in found else ():
+    for (batch, length, steps), wanted in bars.items():
+        found = {r["method"]: r for r in rows if (r["batch"], r["length"], r["steps"]) == (batch, length, steps)}
+        for name, least in wanted.items():
+            row, field = found.get(name), "times_ours"
             if name == "tokens/s":
-                value = found["ours"]["tokens_per_s"]
-            elif name in found:
-                value = found[name]["times_ours"]
-            else:
-                continue  # it did not fit into memory
-            if value < least:
-                out.append(f"batch {key[0]}, L {key[1]}, T {key[2]}: {name} {value:,.2f} is below {least:,.2f}")
+                row, field = found.get("ours"), "tokens_per_s"
+            value = None if row is None else row[field]
+            if value is None or value < least:
+                said = (
+                    "was not measured (memory, or the budget)"
+                    if value is None
+                    else f"{value:,.2f} is below {least:,.2f}"
+                )
+                out.append(f"batch {batch}, L {length}, T {steps}: {name} {said}")
     return out
 
 

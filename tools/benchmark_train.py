@@ -326,26 +326,25 @@ def check_losses(steps: Steps) -> float:
 
 
 def check_compiled(steps: Steps, times: int = 4) -> None:
-    """The loss and every gradient must be those without compilation, also where recorded graphs are replayed."""
+    """The loss and every gradient of several batches must be those without compilation, also where graphs are replayed."""
     most = 1e-3 if steps.device.type == "cpu" else 5e-2
 
-    def loss_and_gradients() -> tuple[float, dict[str, Tensor]]:
-        loss = steps.ours(steps.tokens[0], (0, 0))
+    def loss_and_gradients(step: int) -> tuple[float, dict[str, Tensor]]:
+        loss = steps.ours(steps.tokens[step], (0, step))
         loss.backward()
-        gradients = {name: p.grad for name, p in steps.model.named_parameters() if p.grad is not None}
+        gradients = {name: p.grad.clone() for name, p in steps.model.named_parameters() if p.grad is not None}
         steps.model.zero_grad()
         return loss.item(), gradients
 
-    with torch.compiler.set_stance("force_eager"):
-        wanted, plain = loss_and_gradients()
-    for number in range(times):
-        loss, gradients = loss_and_gradients()
+    for step in range(times):
+        with torch.compiler.set_stance("force_eager"):
+            wanted, plain = loss_and_gradients(step)
+        loss, gradients = loss_and_gradients(step)
         wrong = [
             n for n, g in gradients.items() if (g - plain[n]).float().norm() > most * plain[n].float().norm() + 1e-8
         ]
         if wrong or abs(loss - wanted) > most * wanted:
-            raise SystemExit(f"compiled, pass {number}: loss {loss:.6f} for {wanted:.6f}; other gradients: {wrong[:5]}")
-        del gradients
+            raise SystemExit(f"compiled, step {step}: loss {loss:.6f} for {wanted:.6f}; other gradients: {wrong[:5]}")
 
 
 def time_of(steps: Steps, kinds: Sequence[str], count: int) -> dict[str, dict[str, float]]:
@@ -544,8 +543,12 @@ def matrix(args: argparse.Namespace, device: torch.device, peak: float) -> Itera
         steps = Steps(size, alphas[0], args.rows or ROWS.get(size, 8), device)
         for option in [option for option in OPTIONS if option in args.options.split(",")]:
             if option in ("compile", "graphs"):
+                torch._dynamo.reset()  # blocks of all sizes share their code, and the number of graphs for one is limited
                 steps.model.compile_blocks(cuda_graphs=option == "graphs")
             for alpha_0 in alphas:
+                if time.monotonic() > args.until:
+                    sys.stderr.write(f"{size} {option} {alpha_0:g}: left out, the budget is spent\n")
+                    continue
                 steps.choose(alpha_0, recompute=option == "recompute")
                 row = measure(steps, size, option, args, peak)
                 sys.stderr.write(f"{size} {option} {alpha_0:g}: {row.get('tokens_per_second', 0):,.0f} tokens/s\n")
@@ -574,9 +577,11 @@ def main() -> int:
         "--roofline", action="store_true", help="print the floor of a step on an H200, and measure nothing"
     )
     parser.add_argument("--bars", action="store_true", help="judge the bars of an H200")
+    parser.add_argument("--budget", type=float, default=1e9, help="seconds after which nothing more is begun")
     parser.add_argument("--no-peaks", action="store_true", help="leave out the memory of a CPU's steps")
     parser.add_argument("--peak-of", choices=KINDS, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.until = time.monotonic() + args.budget
     if args.peak_of:
         print(peak_here(args.sizes, float(args.alphas), args.rows, args.peak_of))
         return 0

@@ -8,13 +8,14 @@ undisturbed, one that is killed with SIGKILL and restarted. Kinds of trouble:
     one rank      SIGKILL to one process; the launcher must end the others
     all           SIGKILL to launcher and ranks at once
     save          all, at the moment when a checkpoint is being written
-    load          all, while the restarted run is still loading
-    full disk     the run meets a limit on the size of files, as on a full disk, and must end by itself
-    shard server  the server answers 500 to everything; the run must end by itself
+    load          all, at any moment between the start and the first new step: imports, joining, loading, the first reading
+    full disk     writing a checkpoint meets a limit on the size of files, as on a full disk; the run must end by itself
+    shard server  the server answers 500 once the ranks have fetched a few shards; the run must end by itself
 
 After each, the newest checkpoint must be whole and no older than before. At the end the run must have reached its last
 step; while the layout stayed the same, its weights must be those of the undisturbed run, bit for bit. With --layouts,
-restarts take turns over several layouts of 4 processes, and the weights must agree to fp32 rounding.
+restarts take turns over several layouts of 4 processes (tensor, sequence, context, pipeline, interleaved and data
+parallelism, ZeRO 0 to 3), and the weights must agree to fp32 rounding.
 
 --out gets report.json, and table.md for docs/reliability.md. Exits with 1 where something was lost.
 """
@@ -46,15 +47,20 @@ from esolm_megatron.train.ending import read as read_ending
 
 KINDS = ("one rank", "all", "save", "load", "full disk", "shard server")
 ENDS_BY_ITSELF = {"full disk", "shard server"}
-LAYOUTS: tuple[dict[str, int], ...] = (
+LAYOUTS: tuple[dict[str, int | bool], ...] = (
     {},
     {"tensor_size": 2},
     {"pipeline_size": 2},
     {"tensor_size": 2, "pipeline_size": 2},
+    {"tensor_size": 2, "sequence_parallel": True, "zero_stage": 2},
+    {"pipeline_size": 2, "virtual_pipeline_size": 2, "zero_stage": 0},
+    {"context_size": 2, "zero_stage": 3},
 )
 ROUNDING = 2e-3
 """Largest difference of a saved number after a run on several layouts; Adam makes much of fp32 rounding."""
 HANGS_S = 300.0
+FILE_LIMIT_KIB = 600
+"""Below the size of each rank's checkpoint, above that of logs and metrics."""
 CONSOLE = Console()
 
 
@@ -79,18 +85,22 @@ class Trouble:
 
 
 class ShardServer:
-    """Serves a folder over HTTP; while `broken`, answers 500."""
+    """Serves a folder over HTTP; after so many more `shards` it answers 500, None stands for no end."""
 
     def __init__(self, folder: Path):
-        self.broken = False
+        self.shards: int | None = None
+        self.refused = 0
         server = self
 
         class Handler(SimpleHTTPRequestHandler):
             def do_GET(self) -> None:
-                if server.broken:
-                    self.send_error(500)
-                else:
-                    super().do_GET()
+                if server.shards is not None and self.path.endswith(".tar"):
+                    server.shards -= 1
+                    if server.shards < 0:
+                        server.refused += 1
+                        self.send_error(500)
+                        return
+                super().do_GET()
 
             def log_message(self, *words: Any) -> None:
                 pass
@@ -104,12 +114,12 @@ class Run:
     """A training run in its folder, started and disturbed."""
 
     def __init__(self, folder: Path, address: str, steps: int, seed: int):
-        self.folder, self.run, self.cache = folder, folder / "run", folder / "cache"
+        self.folder, self.run, self.cache, self.starts = folder, folder / "run", folder / "cache", 0
         self.tree = {
             "name": "run",
             "runs_dir": str(folder),
             "seed": seed,
-            "model": {"num_layers": 4, "hidden_size": 32, "num_heads": 4, "seq_length": 64},
+            "model": {"num_layers": 4, "hidden_size": 64, "num_heads": 4, "seq_length": 64},
             "objective": {"alpha_0": 0.5},
             "train": {
                 "num_steps": steps, "global_batch_size": 16, "micro_batch_size": 2, "precision": "fp32",
@@ -122,14 +132,21 @@ class Run:
         }  # fmt: skip
         folder.mkdir(parents=True)
 
-    def start(self, layout: dict[str, int], file_limit: int | None = None) -> subprocess.Popen[bytes]:
+    @property
+    def log(self) -> Path:
+        """What the newest start said."""
+        return self.folder / "logs" / f"{self.starts:03d}.txt"
+
+    def start(self, layout: dict[str, int | bool], file_limit: int | None = None) -> subprocess.Popen[bytes]:
         """The run as a user starts it, on 4 processes, in a process group of its own."""
+        self.starts += 1
+        self.log.parent.mkdir(exist_ok=True)
         file = self.folder / "run.yaml"
         file.write_text(yaml.safe_dump(self.tree | {"parallel": layout}))
         command = [sys.executable, "-m", "esolm_megatron", "train", str(file), "--processes", "4"]
         if file_limit is not None:  # in units of 1 KiB; without the signal, writes fail as on a full disk
             command = ["bash", "-c", f'trap "" XFSZ; ulimit -f {file_limit}; exec "$@"', "limited", *command]
-        with (self.folder / "log.txt").open("ab") as log:
+        with self.log.open("wb") as log:
             return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
     def last_step(self, since: float = 0.0) -> int:
@@ -183,7 +200,7 @@ def wait_for(process: subprocess.Popen[bytes], what: Any) -> bool:
             return False
         time.sleep(0.01)
     kill_all(process)
-    raise SystemExit(f"HANGS: no new step within {HANGS_S:g} s; see log.txt")
+    raise SystemExit(f"HANGS: no new step within {HANGS_S:g} s; see the newest of its logs")
 
 
 class Chaos:
@@ -193,39 +210,48 @@ class Chaos:
         self.run, self.server = run, server
         self.generator = random.Random(seed)
         self.troubles: list[Trouble] = []
+        self.starting_s = 10.0  # what the last start took to its first new step
 
-    def disturb(self, kind: str, layout: dict[str, int]) -> bool:
+    def disturb(self, kind: str, layout: dict[str, int | bool]) -> bool:
         """Start the run, let it work, make trouble; False if it finished first."""
         run, before, begun = self.run, self.run.committed(), time.time()
         if kind == "shard server":
             shutil.rmtree(run.cache, ignore_errors=True)
-        self.server.broken = kind == "shard server"
-        process = run.start(layout, file_limit=20 if kind == "full disk" else None)
+            self.server.shards, self.server.refused = self.generator.randrange(4), 0
+        process = run.start(layout, file_limit=FILE_LIMIT_KIB if kind == "full disk" else None)
         if kind in ENDS_BY_ITSELF:
             try:
                 process.wait(HANGS_S)
             except subprocess.TimeoutExpired:
                 kill_all(process)
-                raise SystemExit(f"HANGS: {kind} did not end the run within {HANGS_S:g} s; see log.txt") from None
-            if process.returncode == 0:
-                raise SystemExit(f"{kind}: the run ended with status 0; see log.txt")
+                raise SystemExit(f"HANGS: {kind} did not end the run within {HANGS_S:g} s; see {run.log}") from None
+            self._check_reason(kind, process.returncode)
         elif not self._kill(kind, process, before, begun):
             return False
-        self.server.broken = False
+        self.server.shards = None
         reached = max(before, run.last_step(begun))
         self.troubles.append(Trouble(kind, name(layout), run.committed(), reached, process.returncode))
         return True
 
+    def _check_reason(self, kind: str, status: int) -> None:
+        """The run must have ended for the reason that was made, and said so."""
+        said = self.run.log.read_text()
+        met = "cannot write" in said if kind == "full disk" else self.server.refused and "500" in said
+        if status == 0 or not met:
+            raise SystemExit(f"{kind}: the run ended with status {status}, and not of that; see {self.run.log}")
+
     def _kill(self, kind: str, process: subprocess.Popen[bytes], before: int, begun: float) -> bool:
         run, generator = self.run, self.generator
         if kind == "load":
-            time.sleep(generator.uniform(2.0, 8.0))
+            until = begun + generator.uniform(0.1, 1.0) * self.starting_s
+            wait_for(process, lambda: time.time() > until or run.last_step(begun) > before)
             kill_all(process)
             return True
         if not wait_for(process, lambda: run.last_step(begun) > before):
             return False
+        self.starting_s = round(time.time() - begun, 2)
         if self.troubles and self.troubles[-1].seconds_to_new_step is None:
-            self.troubles[-1].seconds_to_new_step = round(time.time() - begun, 2)
+            self.troubles[-1].seconds_to_new_step = self.starting_s
         goal = before + generator.randrange(1, 8)
         if not wait_for(process, lambda: run.last_step(begun) >= goal):
             return False
@@ -243,10 +269,12 @@ class Chaos:
         return True
 
 
-def name(layout: dict[str, int]) -> str:
+def name(layout: dict[str, int | bool]) -> str:
     """A layout in a word."""
-    tensor, pipeline = layout.get("tensor_size", 1), layout.get("pipeline_size", 1)
-    return f"TP{tensor} PP{pipeline} DP{4 // (tensor * pipeline)}"
+    sizes = {"TP": "tensor_size", "CP": "context_size", "PP": "pipeline_size", "VP": "virtual_pipeline_size"}
+    words = [f"{short}{layout[field]}" for short, field in sizes.items() if field in layout]
+    words += ["SP"] if layout.get("sequence_parallel") else []
+    return " ".join([*words, f"ZeRO {layout.get('zero_stage', 1)}"])
 
 
 def difference(a: Path, b: Path, step: int) -> float:
@@ -288,7 +316,8 @@ def main() -> None:
         raise SystemExit(f"{args.out}: exists; remove it, or give another --out")
     steps = 8 * args.kills + 20
     tokens, source = args.out / "tokens", Path(__file__).parents[1] / "esolm_megatron"
-    prepare(PrepareConfig(inputs=(str(source),), output=str(tokens), block_tokens=4096), progress=False)
+    text = PrepareConfig(inputs=(str(source),), output=str(tokens), block_tokens=4096, task_bytes=50_000)
+    prepare(text, progress=False)  # a shard for each 50 kB, so that there are some to be asked for
     server = ShardServer(tokens)
     run = Run(args.out / "killed", server.address, steps, args.seed)
     calm = Run(args.out / "calm", server.address, steps, args.seed)
@@ -311,7 +340,7 @@ def main() -> None:
             layout = chaos.generator.choice(LAYOUTS) if args.layouts else LAYOUTS[1]
             best = run.committed()
             if not chaos.disturb(kind, layout):
-                raise SystemExit("the run ended before it was disturbed; see log.txt")
+                raise SystemExit(f"the run ended before it was disturbed; see {run.log}")
             done = chaos.troubles[-1]
             if done.committed < best:
                 raise SystemExit(f"LOST: checkpoint {best} was whole, now the newest is {done.committed}")
@@ -322,7 +351,7 @@ def main() -> None:
     for each in (run, calm):
         CONSOLE.print(f"{each.folder}: to the end")
         if each.start(LAYOUTS[1]).wait() or (read_ending(each.run) or {}).get("how") != "finished":
-            raise SystemExit(f"{each.folder}: did not finish; see log.txt there")
+            raise SystemExit(f"{each.folder}: did not finish; see {each.log}")
     worst, allowed = difference(run.run, calm.run, steps), ROUNDING if args.layouts else 0.0
     facts = {"steps": steps, "difference": worst, "troubles": [asdict(t) for t in chaos.troubles]}
     (args.out / "report.json").write_text(json.dumps(facts, indent=1) + "\n")

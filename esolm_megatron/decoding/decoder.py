@@ -8,13 +8,14 @@ join and leave between passes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from esolm_megatron.decoding.recorded import RecordedPasses
+from esolm_megatron.decoding.recorded import RecordedPasses, sent
 from esolm_megatron.model.cache import KVCache
 from esolm_megatron.model.products import FastProducts
 from esolm_megatron.model.transformer import EsoLM
@@ -37,14 +38,25 @@ class Decoder:
     def __init__(self, model: EsoLM, fed: Tensor, order: Tensor, *, fixed_shapes: bool | None = None):
         num_rows, length = fed.shape
         self.model, self.fed, self.order = model, fed, order
-        self.cache = KVCache(model.shape, num_rows, length + 1, model.embedding.weight.dtype, fed.device)
-        self.recorded: RecordedPasses | None = None
-        if fed.is_cuda if fixed_shapes is None else fixed_shapes:
-            self.recorded = RecordedPasses(model, self.cache, fed, order, fed.is_cuda, model.shape.mask_id)
+        self.fixed_shapes = fed.is_cuda if fixed_shapes is None else fixed_shapes
         self.products = FastProducts(model)
         self.rows = np.empty(0, np.int64)
         self.known, self.cached, self.pass_of = (np.zeros(num_rows, np.int64) for _ in range(3))
         self.plan = np.zeros((num_rows, length + 1), np.int64)  # ended by a zero
+
+    @cached_property
+    def cache(self) -> KVCache:
+        """Memory for all rows, taken when it is first needed."""
+        num_rows, length = self.fed.shape
+        return KVCache(self.model.shape, num_rows, length + 1, self.model.embedding.weight.dtype, self.fed.device)
+
+    @cached_property
+    def recorded(self) -> RecordedPasses | None:
+        """Small passes at fixed shapes, where these are wanted."""
+        if not self.fixed_shapes:
+            return None
+        mask_id = self.model.shape.mask_id
+        return RecordedPasses(self.model, self.cache, self.fed, self.order, self.fed.is_cuda, mask_id)
 
     def add(self, row: int, ks: ArrayLike, num_given: int) -> bool:
         """Start a row whose first `num_given` places are known; False if nothing is left to fill.
@@ -77,7 +89,7 @@ class Decoder:
         slots = np.arange(len(inside)) - np.repeat(np.cumsum(counts) - counts - begin, counts)
         at = np.flatnonzero(slots >= known[inside])
         filled = rows[inside[at]], slots[at]
-        where = tuple(torch.from_numpy(x).to(device) for x in filled)
+        where = tuple(sent(x, device) for x in filled)
         logits = None if self.recorded is None else self.recorded(inside, slots, at, rows)
         if logits is None:
             with self.products:

@@ -23,12 +23,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from esolm_megatron.model.cache import KVCache, LastQueries, Queries
+from esolm_megatron.model.cache import KVCache, Queries
 from esolm_megatron.model.transformer import EsoLM
 
 MOST_TOKENS = 2048
-RECORD_AT = 3
-"""The pass of its size that is recorded: those before it warm the libraries up, and rare sizes are not worth it."""
+RECORD_AT = 8
+"""The pass of its size that is recorded: those before it warm the libraries up, and recording costs more than some passes."""
 MOST_GRAPHS = 256
 """Sizes that are recorded; a server may meet more, and each keeps some memory."""
 
@@ -50,6 +50,12 @@ class Size:
         return cls(
             min(_power_of_two(rows), most_rows), _power_of_two(width), _power_of_two(masks), min(slots, most_slots)
         )
+
+
+def sent(array: NDArray[np.int64], device: torch.device) -> Tensor:
+    """`array` on the device, without waiting for what that has yet to do."""
+    values = torch.from_numpy(array)
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
 def _power_of_two(number: int) -> int:
@@ -101,14 +107,15 @@ class RecordedPasses:
         place[cell], slot[cell], is_mask[cell[at]] = slots, slots, 1
         looked_at = np.repeat(np.arange(rows), size.masks) * size.width
         looked_at[head] = cell[at]
-        logits = self._run(size, torch.from_numpy(np.concatenate([store, place, slot, is_mask, looked_at])))
-        wanted = torch.from_numpy(head).to(logits.device)
-        return logits.index_select(0, wanted)  # a copy: the next pass of this size writes over them
+        logits = self._run(size, sent(np.concatenate([store, place, slot, is_mask, looked_at]), self.fed.device))
+        return logits.index_select(
+            0, sent(head, self.fed.device)
+        )  # a copy: the next pass of this size writes over them
 
     def _run(self, size: Size, values: Tensor) -> Tensor:
         self.counts[size] += 1
         if size not in self._inputs:
-            self._inputs[size] = torch.empty_like(values, device=self.fed.device)
+            self._inputs[size] = torch.empty_like(values)
         inputs, number = self._inputs[size], size.rows * size.masks
         inputs.copy_(values)
         if size not in self._graphs:
@@ -133,7 +140,7 @@ class RecordedPasses:
         bias = cache.keys.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
         cache.queries = Queries(size.rows, size.width, size.horizon, None, bias.view(size.rows, 1, size.width, -1))
         looking = bias.index_select(0, looked_at).view(size.rows, 1, size.masks, -1)
-        cache.last = LastQueries(cache, looked_at, Queries(size.rows, size.masks, size.horizon, None, looking))
+        cache.looked_at = looked_at, Queries(size.rows, size.masks, size.horizon, None, looking)
         ids = self.fed[stored, place]
         if self.mask_id is not None:
             ids = ids.masked_fill(is_mask.bool(), self.mask_id)

@@ -87,7 +87,7 @@ class KVCache:
     """
 
     queries: Queries
-    last: LastQueries
+    looked_at: tuple[Tensor, Queries]
 
     def __init__(self, config: ModelConfig, num_rows: int, num_slots: int, dtype: torch.dtype, device: torch.device):
         shape = (config.num_layers, num_rows, config.kv_heads, num_slots, config.head_dim)
@@ -108,8 +108,12 @@ class KVCache:
         self.rows, self.slots = rows.to(device), slots.to(device)
         self.queries = Queries.of(rows, slots, horizon, groups, self.keys)
         some = None if groups is None else (groups[0][places], groups[1][places])
-        looked_at = Queries.of(rows[places], slots[places], horizon, some, self.keys)
-        self.last = LastQueries(self, places.to(device), looked_at)
+        self.looked_at = places.to(device), Queries.of(rows[places], slots[places], horizon, some, self.keys)
+
+    @property
+    def last(self) -> LastQueries:
+        """The network's argument for this pass; not kept here, as it holds the cache, whose memory must go with its owner."""
+        return LastQueries(self, *self.looked_at)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` slots of one row over those of another."""

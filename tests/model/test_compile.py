@@ -68,11 +68,12 @@ def test_what_does_not_go_with_it_is_refused(other):
 @pytest.mark.parametrize(
     ("other", "named"),
     [({"train": {"compile": False}}, "train.compile"), ({"train": {"compile": True, "device": "cpu"}}, "train.device"),
-     ({"parallel": {"pipeline_size": 2}}, "parallel.pipeline_size"), ({"parallel": {"recompute": "full"}}, "recompute")],
+     ({"train": {"precision": "fp32"}}, "train.precision"), ({"parallel": {"pipeline_size": 2}}, "parallel.pipeline_size"),
+     ({"parallel": {"recompute": "full"}}, "recompute")],
     ids=str,
 )  # fmt: skip
 def test_what_does_not_go_with_cuda_graphs_is_refused(other, named):
-    train = {"compile": True, "device": "cuda"}
+    train = {"compile": True, "device": "cuda", "precision": "bf16"}
     with pytest.raises(ConfigError, match=f"train.cuda_graphs = true: .*{named}"):
         make_config(**{**other, "train": {**train, **other.get("train", {}), "cuda_graphs": True}})
     make_config(train={**train, "cuda_graphs": True})
