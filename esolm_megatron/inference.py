@@ -14,6 +14,7 @@ from torch import Tensor
 from esolm_megatron.config import ConfigError, ModelConfig
 from esolm_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from esolm_megatron.decoding.plan import Order
+from esolm_megatron.model import flash
 from esolm_megatron.model.pretrained import load_model, read_config
 from esolm_megatron.model.transformer import EsoLM
 from esolm_megatron.objective.likelihood import log_likelihood
@@ -150,9 +151,11 @@ def load_pretrained(
 
     Raises:
         ValueError: the folder holds no such model, or a damaged one.
+        KernelError: a GPU's attention kernels are wrong, or cannot run.
     """
     info = read_config(folder)
     model = load_model(folder, dtype, device)
+    flash.choose(torch.device(device))  # what scores texts are the kernels of training
     return PretrainedEsoLM(model, info.alpha_0, Path(folder), cross_document=info.cross_document)
 
 

@@ -79,6 +79,22 @@ def test_the_verb_scores_a_text_after_a_prompt(folder, capsys):
     assert found[0]["log_p"] == [pytest.approx(exact, abs=1e-3)]
 
 
+def test_type_and_device_are_words_of_the_verbs(folder, capsys):
+    model = load_pretrained(folder, dtype=torch.float64)
+    words = ["score", folder, "text=hello", "kind=left_to_right", "device=cpu"]
+    exact = model.log_likelihood(torch.tensor([model.tokenizer.encode("hello")]), torch.arange(5)[None]).item()
+    errors = [
+        abs(answer(capsys, *words, f"dtype={dtype}")["texts"][0]["log_p"][0] - exact)
+        for dtype in ("fp64", "fp32", "bf16")
+    ]
+    assert errors[0] < 1e-12 < errors[1] < 1e-3 < errors[2] < 1
+    for verb in (["score", str(folder), "text=a"], ["sample", str(folder)]):
+        assert main([*verb, "device=cuda:99"]) == 2
+        assert "device = 'cuda:99': torch sees" in capsys.readouterr().err
+        assert main([*verb, "device=tpu"]) == 2
+        assert "device" in capsys.readouterr().err
+
+
 def test_the_verb_reads_files(folder, tmp_path, capsys):
     lines, page = tmp_path / "texts.jsonl", tmp_path / "page.txt"
     lines.write_text('{"text": "one"}\n{"text": "two [x]"}\n')

@@ -7,15 +7,43 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from rich.console import Console
 
 from esolm_megatron.config import ConfigError, Section
 
 Options = TypeVar("Options", bound=Section)
+
+
+class Placed(Section):
+    """Where a converted model is put, and in which type."""
+
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """auto takes a GPU where there is one."""
+    dtype: Literal["fp64", "fp32", "bf16", "fp16"] = "fp32"
+    """Type of the weights."""
+
+    def load(self, folder: str) -> Any:
+        """The model in `folder`.
+
+        Raises:
+            ConfigError: there is no such device.
+        """
+        import torch
+
+        from esolm_megatron import load_pretrained
+
+        kinds = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+        count = torch.cuda.device_count()
+        device = torch.device(("cuda" if count else "cpu") if self.device == "auto" else self.device)
+        if device.type == "cuda" and (device.index or 0) >= count:
+            raise ConfigError(
+                f"device = {self.device!r}: torch sees {count} GPUs here; use device=cpu, or see esolm doctor"
+            )
+        return load_pretrained(folder, kinds[self.dtype], device)
 
 
 def options(kind: type[Options], overrides: Sequence[str]) -> Options:

@@ -14,11 +14,11 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from esolm_megatron.commands import options, show
-from esolm_megatron.config import ConfigError, Section
+from esolm_megatron.commands import Placed, options, show
+from esolm_megatron.config import ConfigError
 
 
-class SampleOptions(Section):
+class SampleOptions(Placed):
     """Fields of `esolm sample`."""
 
     num_samples: int = Field(4, ge=1)
@@ -61,7 +61,7 @@ class SampleOptions(Section):
     """With --watch: wait this long after each pass."""
 
 
-class ScoreOptions(Section):
+class ScoreOptions(Placed):
     """Fields of `esolm score`."""
 
     text: str | None = None
@@ -82,7 +82,7 @@ class ScoreOptions(Section):
     """Seed of the orders."""
 
 
-class ServeOptions(Section):
+class ServeOptions(Placed):
     """Fields of `esolm serve`."""
 
     host: str = "127.0.0.1"
@@ -97,27 +97,19 @@ class ServeOptions(Section):
     """Texts that may wait; more are refused with status 429."""
     body: int = Field(1_000_000, ge=1)
     """Bytes of a request; larger ones are refused with status 413."""
-    dtype: str = Field("fp32", pattern="^(fp32|bf16|fp16)$")
-    """Type of the weights."""
-    device: str = "cpu"
-    """Where the model is put."""
 
 
 def run_serve(args: argparse.Namespace) -> int:
     """Serve a model until a signal asks to end."""
-    import torch
-
     try:
         import uvicorn
 
         from esolm_megatron import serve
     except ImportError as error:
         raise ConfigError(f"{error.name} is missing: pip install 'esolm-megatron[serve]'") from None
-    from esolm_megatron import load_pretrained
 
     chosen = options(ServeOptions, args.overrides)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[chosen.dtype]
-    model = load_pretrained(args.path, dtype, chosen.device)
+    model = chosen.load(args.path)
     limits = serve.Limits(chosen.rows, chosen.length or model.config.seq_length, chosen.queue, chosen.body)
     app = serve.build(model, limits, Path(args.path).resolve().name)
     signal.signal(signal.SIGTERM, lambda *_: None)  # which is raised again after the server has ended
@@ -129,12 +121,11 @@ def run_sample(args: argparse.Namespace) -> int:
     """Texts from a converted model."""
     import torch
 
-    from esolm_megatron import load_pretrained
     from esolm_megatron.inference import parse_infill
     from esolm_megatron.replay import Replay
 
     chosen = options(SampleOptions, args.overrides)
-    model = load_pretrained(args.path)
+    model = chosen.load(args.path)
     length, prompt, positions = chosen.length or model.config.seq_length, None, None
     if chosen.infill is not None and chosen.prompt is not None:
         raise ConfigError("prompt and infill: give one of them; infill may start with text")
@@ -159,6 +150,7 @@ def run_sample(args: argparse.Namespace) -> int:
             watch=replay,
             **chosen.model_dump(
                 exclude={"num_samples", "length", "prompt", "infill", "order", "positions", "stop", "seconds_per_pass"}
+                | set(Placed.model_fields)
             ),
         )
     if args.html and replay:
@@ -189,12 +181,11 @@ def show_samples(samples: Any, decode: Any, as_json: bool) -> None:
 
 def run_score(args: argparse.Namespace) -> int:
     """Exact log-likelihoods of texts."""
-    from esolm_megatron import load_pretrained
     from esolm_megatron.score import score
 
     chosen = options(ScoreOptions, args.overrides)
     texts = texts_to_score(chosen)
-    model = load_pretrained(args.path)
+    model = chosen.load(args.path)
     encode = model.tokenizer.encode
     results = [
         score(

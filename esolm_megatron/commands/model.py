@@ -10,11 +10,11 @@ from pydantic import Field
 from rich.console import Console
 from rich.progress import Progress
 
-from esolm_megatron.commands import options, show
+from esolm_megatron.commands import Placed, options, show
 from esolm_megatron.config import ConfigError, Section
 
 
-class EvalOptions(Section):
+class EvalOptions(Placed):
     """Fields of `esolm eval`."""
 
     data: str
@@ -137,13 +137,13 @@ def run_eval(args: argparse.Namespace) -> int:
     """Bounds of a converted model on validation text."""
     import numpy as np
 
-    from esolm_megatron import evaluate, load_pretrained
+    from esolm_megatron import evaluate
     from esolm_megatron.config import ObjectiveConfig
     from esolm_megatron.data.stream import ValidationSet
     from esolm_megatron.objective.esolm import document_numbers
 
     chosen = options(EvalOptions, args.overrides)
-    model = load_pretrained(args.path)
+    model = chosen.load(args.path)
     data = ValidationSet(chosen.data, seq_length=chosen.seq_length or model.config.seq_length)
     count = min(chosen.num_sequences, len(data))
     rows = data.rows(np.arange(count))
