@@ -37,8 +37,9 @@ def train_and_save(config, run, restore_step, num_steps):
     [
         (REFERENCE, {"tensor_size": 2}, {"pipeline_size": 2, "virtual_pipeline_size": 2}),
         (MODERN | {"tied_embeddings": True}, {"pipeline_size": 2}, {"tensor_size": 2, "sequence_parallel": True}),
+        (MODERN, {"zero_stage": 3}, {"zero_stage": 2}),
     ],
-    ids=["reference_tp_to_pp", "tied_pp_to_tp"],
+    ids=["reference_tp_to_pp", "tied_pp_to_tp", "zero_3_to_2"],
 )
 def test_saved_on_one_layout_loaded_on_another_exported_from_both(tmp_path, model, first, second):
     run_ranks(train_and_save, 2, make_config(model, parallel=first), tmp_path, None, 2)
