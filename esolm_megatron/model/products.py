@@ -7,6 +7,7 @@ Nothing of this concerns training, GPUs, fp64 or bf16.
 
 from __future__ import annotations
 
+import platform
 from contextvars import ContextVar, Token
 
 import torch
@@ -21,8 +22,9 @@ _MOST_BYTES = 2 << 30
 
 
 def has_onednn() -> bool:
-    """Whether this torch can call oneDNN's product on a layout of its own."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    """Whether this torch can call oneDNN's product on a layout of its own; only x86-64 has been tried."""
+    usual = platform.machine().lower() in ("x86_64", "amd64")
+    return usual and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 class FastProducts:
