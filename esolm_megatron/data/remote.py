@@ -126,9 +126,11 @@ class Remote:
         process = subprocess.Popen(url[len("pipe:") :], shell=True, stdout=subprocess.PIPE, start_new_session=True)
         assert process.stdout is not None
         try:
-            file = process.stdout.fileno()
+            # select() has no room for files numbered 1,024 and up
+            file, answer = process.stdout.fileno(), select.poll()
+            answer.register(file, select.POLLIN)
             while True:
-                if not select.select([file], [], [], self.timeout_s)[0]:
+                if not answer.poll(1000 * self.timeout_s):
                     raise TimeoutError
                 chunk = os.read(file, CHUNK)
                 if not chunk:

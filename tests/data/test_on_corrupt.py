@@ -60,6 +60,7 @@ def refused(data, *words):
     with pytest.raises(DataError) as caught:
         data.batch(0)
     assert not isinstance(caught.value, (ShardMissing, ShardCorrupt))
+    data.close()
     for word in (name, f"wanted by the row at offset {offset} of {name}", *words):
         assert word in str(caught.value)
     return caught.value
@@ -68,6 +69,7 @@ def refused(data, *words):
 def blank(data, steps=10):
     """Shards of the blank rows, and the tokens, of the first steps."""
     batches = [data.batch(step) for step in range(steps)]
+    data.close()
     return {d.shard for b in batches for d in b.damage}, np.concatenate([b.tokens for b in batches])
 
 
