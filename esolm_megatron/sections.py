@@ -93,9 +93,9 @@ class DataConfig(Section):
     min_mb_per_s: float = Field(1.0, gt=0)
     """Slowest download, in 10^6 bytes a second: one that is timeout_s behind this pace has failed."""
     on_corrupt: Literal["error", "skip"] = "error"
-    """A row that cannot be read ends the run, or is left blank: it weighs nothing, and is listed in events.jsonl."""
-    max_corrupt_rows: int = Field(1000, ge=0)
-    """With skip: more blank rows than this end the run."""
+    """A row whose stored bytes are lost or wrong ends the run, or is left blank: it weighs nothing; events.jsonl lists it."""
+    max_corrupt_rows: int | None = Field(None, ge=0)
+    """With skip: more blank rows than this end the run. null: more than 1,000 and an eighth of the rows read so far."""
 
 
 def data_problems(c: Any) -> Iterator[str]:

@@ -21,7 +21,7 @@ CODE_LINES = {
         5200,
         "model objective parallel train checkpoint boxes tensorfile config legal sections section errors topology",
     ),
-    "data": (2800, "data"),
+    "data": (2850, "data"),
     "inference": (1600, "decoding sample inference huggingface evaluate score serve replay"),
     "what starts and watches runs": (2600, "launch plan doctor cluster commands cli __init__ __main__"),
 }

@@ -24,7 +24,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from esolm_megatron.data.remote import Cancelled, Remote
-from esolm_megatron.data.shards import DataError, Folder, LocalTrouble, ShardCorrupt, ShardEntry, ShardMissing
+from esolm_megatron.data.shards import Folder, LocalTrouble, ShardCorrupt, ShardDamage, ShardEntry, ShardMissing
+from esolm_megatron.errors import DataError
 from esolm_megatron.sections import DataConfig, is_remote
 
 _POLL_S = 0.02
@@ -32,7 +33,8 @@ _KEPT_FOR_S = 6 * 3600.0
 """What was fetched ahead counts as used so much later, until it is opened: it must not go before its first row is read."""
 
 _FRESH_S, _BEGAN = 60.0, time.time()
-"""A small file is not fetched again if that was done since this process began, and so many seconds ago at most."""
+"""A small file is not fetched again if that was done since this process began, and so many seconds ago at most; nor is a shard
+tried again so soon after all tries for it have failed."""
 _ERRORS = {kind.__name__: kind for kind in (DataError, LocalTrouble, ShardCorrupt, ShardMissing)}
 
 
@@ -78,8 +80,8 @@ class Cache:
         return self.folder / f"{sha256}.{kind}"
 
     @contextmanager
-    def part(self, sha256: str, size: int, stop: threading.Event) -> Iterator[int]:
-        """An empty file of this process, open for writing, with room for `size` bytes; removed if it is still there.
+    def part(self, sha256: str, size: int, what: str, stop: threading.Event) -> Iterator[int]:
+        """An empty file of this process for `what`, open for writing, with room for `size` bytes; removed if it is still there.
 
         Raises:
             LocalTrouble: the disk is full, or everything in the cache is in use and stays so for `patience_s`.
@@ -90,12 +92,12 @@ class Cache:
                 with _locked(self.folder / "room.lock", stop):
                     missing = self._make_room(size, path)
                     if missing <= 0:
-                        file = self._reserved(path, size)  # before others count
+                        file = self._reserved(path, size, what)  # before others count
                         break
                 if time.monotonic() > deadline:
                     raise LocalTrouble(
-                        f"data.cache_gb = {self.limit / 1e9:g}: {self.folder} is {missing} bytes short of room for the next "
-                        "shard, and all that is in it is in use; raise it, or lower data.num_lanes or data.prefetch_shards"
+                        f"data.cache_gb = {self.limit / 1e9:g}: {self.folder} is {missing} bytes short of room for {what}, "
+                        "and all that is in it is in use; raise it, or lower data.num_lanes or data.prefetch_shards"
                     )
                 stop.wait(10 * _POLL_S)
             try:
@@ -106,21 +108,21 @@ class Cache:
             path.unlink(missing_ok=True)
 
     @contextmanager
-    def disk_full_named(self, size: int) -> Iterator[None]:
-        """A disk that does not take what is written inside is an error that says what to free."""
+    def disk_full_named(self, size: int, what: str) -> Iterator[None]:
+        """A disk that does not take `what` is written inside is an error that says what to free."""
         try:
             yield
         except OSError as error:
             raise LocalTrouble(
-                f"data.cache_dir = {self.folder}: {error.strerror or error}; free {size} bytes on that disk, or lower "
-                f"data.cache_gb = {self.limit / 1e9:g} so that the cache stays below what there is"
+                f"data.cache_dir = {self.folder}: {error.strerror or error}; free {size} bytes on that disk for {what}, or "
+                f"lower data.cache_gb = {self.limit / 1e9:g} so that the cache stays below what there is"
             ) from error
 
-    def _reserved(self, path: Path, size: int) -> int:
+    def _reserved(self, path: Path, size: int, what: str) -> int:
         """A new file that takes `size` bytes from now on."""
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
-            with self.disk_full_named(size):
+            with self.disk_full_named(size, what):
                 _take_room(file, size)
         except BaseException:
             os.close(file)
@@ -163,13 +165,13 @@ def _dropped(path: Path) -> bool:
 
 
 class CachedFolder(Folder):
-    """Prepared tokens that are elsewhere. What fails after its retries is not tried again by this process."""
+    """Prepared tokens that are elsewhere. Damage is found once; what fails otherwise may be tried again a minute later."""
 
     remote = True
 
     def __init__(self, source: Remote, cache: Cache):
         self.source, self.cache, self.path = source, cache, cache.folder
-        self._failed: dict[str, DataError] = {}
+        self._failed: dict[str, tuple[float, DataError]] = {}
         self._distrusted: set[str] = set()
         self._turns: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
@@ -188,7 +190,7 @@ class CachedFolder(Folder):
                     return path.read_bytes()
             data = self.source.fetch(name, b"".join)
             temporary = self.cache.path(key, "new")
-            with self.cache.disk_full_named(len(data)):
+            with self.cache.disk_full_named(len(data), self.where(name)):
                 temporary.write_bytes(data)
                 os.replace(temporary, path)
             return data
@@ -240,37 +242,50 @@ class CachedFolder(Folder):
         os.close(file)
 
     def distrust(self, shard: ShardEntry, file: int) -> bool:
-        """Drop a damaged copy; the first time, another may be better."""
+        """Drop a damaged copy; the first time, another may be better.
+
+        Raises:
+            LocalTrouble: the second time, for what arrived was whole: the cache's disk is to blame.
+        """
+        with suppress(OSError), open(file, "rb", closefd=False) as copy:
+            copy.seek(0)
+            if hashlib.file_digest(copy, "sha256").hexdigest() == shard.sha256:
+                return False  # it is what was stored
         path = self.cache.path(shard.sha256)
         with suppress(FileNotFoundError):
             if os.path.samestat(os.stat(path), os.fstat(file)):  # else somebody has replaced it already
                 path.unlink(missing_ok=True)
-        first = shard.sha256 not in self._distrusted
+        if shard.sha256 in self._distrusted:
+            raise LocalTrouble(
+                f"data.cache_dir = {self.cache.folder}: {self.where('shards/' + shard.name)} was damaged there twice after it "
+                "had arrived whole; look at that disk"
+            )
         self._distrusted.add(shard.sha256)
-        return first
+        return True
 
     def _opened(self, name: str, sha256: str, size: int | None) -> int:
-        path = self.cache.path(sha256)
-        while True:
-            self._ensure(name, sha256, size)
-            try:
-                file = os.open(path, os.O_RDWR)
-            except FileNotFoundError:  # dropped since
-                continue
-            fcntl.flock(file, fcntl.LOCK_SH)
-            if os.fstat(file).st_nlink:
-                with suppress(OSError):
-                    os.utime(file)
-                return file
-            os.close(file)
+        try:
+            while True:
+                self._ensure(name, sha256, size)
+                with suppress(FileNotFoundError):  # dropped since
+                    file = os.open(self.cache.path(sha256), os.O_RDWR)
+                    fcntl.flock(file, fcntl.LOCK_SH)
+                    if os.fstat(file).st_nlink:
+                        with suppress(OSError):
+                            os.utime(file)
+                        return file
+                    os.close(file)
+        except OSError as error:
+            raise LocalTrouble(f"data.cache_dir = {self.cache.folder}: {error}, for {self.where(name)}") from error
 
     def _ensure(self, name: str, sha256: str, size: int | None, *, ahead: bool = False) -> None:
         """Have a file in the cache; one thread of one process of the node fetches it, and the others wait."""
         with self._lock:
             turn = self._turns.setdefault(sha256, threading.Lock())
         with turn:
-            if sha256 in self._failed:
-                raise self._failed[sha256]
+            when, failure = self._failed.get(sha256, (0.0, None))
+            if failure and (isinstance(failure, ShardDamage) or time.monotonic() < when + _FRESH_S):
+                raise failure
             if self._is_there(sha256, size):
                 if ahead:
                     with suppress(OSError):
@@ -283,7 +298,7 @@ class CachedFolder(Folder):
             except Cancelled:
                 raise
             except DataError as error:
-                self._failed[sha256] = error
+                self._failed[sha256] = time.monotonic(), error
                 raise
 
     def _is_there(self, sha256: str, size: int | None) -> bool:
@@ -294,8 +309,8 @@ class CachedFolder(Folder):
         return found == size if size is not None else found > 0
 
     def _download(self, name: str, sha256: str, size: int | None, used: float) -> None:
-        where = self.where(name)
-        with self.cache.part(sha256, size or 0, self.source.stop) as file:
+        where, seen = self.where(name), set[tuple[int, str]]()
+        with self.cache.part(sha256, size or 0, where, self.source.stop) as file:
 
             def take(chunks: Iterator[bytes]) -> None:
                 digest, count = hashlib.sha256(), 0
@@ -304,22 +319,41 @@ class CachedFolder(Folder):
                 for chunk in chunks:
                     count += len(chunk)
                     if size is not None and count > size:
+                        digest, count = hashlib.sha256(), size + 1  # and not what this try's chunks happen to be
                         break
                     digest.update(chunk)
-                    with self.cache.disk_full_named(size or count):
+                    with self.cache.disk_full_named(size or count, where):
                         _write(file, chunk)
-                if size is not None and count != size:
-                    raise ShardCorrupt(
-                        f"{where}: cut or replaced at offset {min(count, size)}: the manifest says {size} bytes"
-                    )
-                if digest.hexdigest() != sha256:
-                    found = digest.hexdigest()
-                    raise ShardCorrupt(f"{where}: has sha256 {found[:16]}..., the manifest says {sha256[:16]}...")
+                found = count, digest.hexdigest()
+                if found[1] != sha256:
+                    kind = ShardCorrupt if found in seen else DataError  # stored so, if it comes twice
+                    seen.add(found)
+                    raise kind(_other_bytes(where, found, size, sha256))
 
-            self.source.fetch(name, take)
+            try:
+                self.source.fetch(name, take)
+            except ShardMissing as error:
+                self._check_manifest(error)
+                raise
             os.utime(file, (used, used))
             with _locked(self.cache.folder / "room.lock", self.source.stop):  # whoever counts sees one of the names
                 os.rename(self.cache.path(sha256, "part"), self.cache.path(sha256))
+
+    def _check_manifest(self, missing: ShardMissing) -> None:
+        """Raise DataError if the manifest is missing, too: then the whole place is, and it may come back."""
+        try:
+            self.source.fetch("manifest.json", lambda chunks: next(chunks, b""))
+        except ShardMissing as error:
+            raise DataError(f"{missing}; and neither is the manifest there: {error}") from error
+
+
+def _other_bytes(where: str, found: tuple[int, str], size: int | None, sha256: str) -> str:
+    """What is said of a file that is not the one of the manifest."""
+    count, digest = found
+    if size is None or count == size:
+        return f"{where}: {count} bytes with sha256 {digest[:16]}..., the manifest says {count} with {sha256[:16]}..."
+    more = " or more" * (count > size)
+    return f"{where}: cut or replaced at offset {min(count, size)}: {count} bytes{more}, the manifest says {size} bytes"
 
 
 def _take_room(file: int, size: int) -> None:

@@ -26,6 +26,8 @@ _FSSPEC_CHUNK = 1 << 23
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 60.0
 _MAY_PASS = (408, 425, 429)
 """Refusals of HTTP that are worth another try; other 4xx are not."""
+_GONE = (404, 410)
+"""Of those, the ones that say that there is no such file; the others refuse it to this machine, or to these keys."""
 
 
 class Cancelled(LocalTrouble):
@@ -59,9 +61,10 @@ class Remote:
         """What `take` makes of the chunks of a file. It is called again for each try, and raises for bad content.
 
         Raises:
-            ShardMissing: the server says that there is no such file, or refuses it.
-            ShardCorrupt, DataError: the last try's failure.
-            LocalTrouble, Cancelled: at once.
+            ShardMissing: the server says that there is no such file; at once.
+            LocalTrouble, Cancelled: a refusal, or this machine's trouble; at once.
+            ShardCorrupt: what `take` said of the last try.
+            DataError: the last try's failure, which may pass.
         """
         problem: DataError | None = None
         for attempt in range(self.retries + 1):
@@ -99,10 +102,12 @@ class Remote:
         except urllib.error.HTTPError as error:
             error.close()
             if 400 <= error.code < 500 and error.code not in _MAY_PASS:
-                raise ShardMissing(f"{url}: HTTP {error.code} {error.reason}; look at data.path") from error
+                kind = ShardMissing if error.code in _GONE else LocalTrouble
+                raise kind(f"{url}: HTTP {error.code} {error.reason}; look at data.path") from error
             raise DataError(f"{url}: at offset {offset}: HTTP {error.code} {error.reason}") from error
         except (FileNotFoundError, PermissionError) as error:
-            raise ShardMissing(f"{url}: {error}; look at data.path") from error
+            kind = ShardMissing if isinstance(error, FileNotFoundError) else LocalTrouble
+            raise kind(f"{url}: {error}; look at data.path") from error
         except (OSError, http.client.HTTPException) as error:
             error = getattr(error, "reason", error)  # urllib wraps what happens while it connects
             said = f"nothing came for {self.timeout_s:g} s" if isinstance(error, TimeoutError) else f"{error!r}"
@@ -121,9 +126,11 @@ class Remote:
         process = subprocess.Popen(url[len("pipe:") :], shell=True, stdout=subprocess.PIPE, start_new_session=True)
         assert process.stdout is not None
         try:
-            file = process.stdout.fileno()
+            # select() has no room for files numbered 1,024 and up
+            file, answer = process.stdout.fileno(), select.poll()
+            answer.register(file, select.POLLIN)
             while True:
-                if not select.select([file], [], [], self.timeout_s)[0]:
+                if not answer.poll(1000 * self.timeout_s):
                     raise TimeoutError
                 chunk = os.read(file, CHUNK)
                 if not chunk:
@@ -144,7 +151,7 @@ class Remote:
         try:
             yield from _watched(self._opened(url), self.timeout_s)
         except ImportError as error:
-            raise ShardMissing(f"{url}: {error}; install what opens it, for s3:// esolm-megatron[s3]") from error
+            raise LocalTrouble(f"{url}: {error}; install what opens it, for s3:// esolm-megatron[s3]") from error
         except (OSError, GeneratorExit, DataError):
             raise
         except Exception as error:  # each of its backends has errors of its own

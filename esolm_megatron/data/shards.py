@@ -13,6 +13,7 @@ damaged samples in silence.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -20,8 +21,9 @@ import os
 import threading
 import zlib
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from pydantic import ValidationError
@@ -44,19 +46,30 @@ BLOCK_DTYPE = np.dtype(
     ]
 )
 _OPEN_SHARDS = 128
+_ABSENT = (errno.ENOENT, errno.ENOTDIR)
+_WORTH_ANOTHER_TRY = (errno.ESTALE, errno.EIO)
+"""Network file systems say these when a server was started anew; what is opened then is whole."""
 _KEPT_DOCUMENTS = 1024
+Result = TypeVar("Result")
 
 
-class ShardMissing(DataError):
-    """A file of the prepared data is not there."""
+class ShardDamage(DataError):
+    """Stored bytes are lost or wrong, for every rank and after every restart. Only this may leave a row blank.
+
+    Trouble of any other kind passes, or belongs to a machine: rows left out for it would be other ones the next time.
+    """
 
 
-class ShardCorrupt(DataError):
+class ShardMissing(ShardDamage):
+    """A file of the prepared data is not there, though its folder is."""
+
+
+class ShardCorrupt(ShardDamage):
     """A file of the prepared data is not what was written."""
 
 
 class LocalTrouble(DataError):
-    """This machine's trouble, not the data's: never a reason to leave a row blank."""
+    """This machine's trouble, or a refusal, which another try at once would not change."""
 
 
 class ShardEntry(Section):
@@ -129,39 +142,46 @@ class Folder:
         """The bytes of a small file.
 
         Raises:
-            ShardMissing: with `fix`, what to do about it.
+            ShardMissing: it is not there; with `fix`, what to do about it.
+            LocalTrouble: it could not be read.
         """
-        try:
-            return (self.path / name).read_bytes()
-        except OSError as error:
-            raise ShardMissing(f"{self.where(name)}: {error.strerror or error}; {fix}") from error
+        return self._asked(name, (self.path / name).read_bytes, fix)
 
     def read_index(self, sha256: str) -> bytes:
         """The bytes of blocks.npy; whoever asks compares the hash."""
         return self.read("blocks.npy", "copy the whole folder again")
 
     def open(self, shard: ShardEntry) -> int:
-        """A file descriptor of a shard."""
-        try:
-            return os.open(self.path / "shards" / shard.name, os.O_RDONLY)
-        except OSError as error:
-            path = self.where(f"shards/{shard.name}")
-            raise ShardMissing(f"{path}: {error.strerror or error}; copy or prepare this shard again") from error
+        """A file descriptor of a shard.
+
+        Raises:
+            ShardMissing: it is not there.
+            LocalTrouble: it could not be opened.
+        """
+        name = f"shards/{shard.name}"
+        return self._asked(name, lambda: os.open(self.path / name, os.O_RDONLY))
 
     def check(self, shard: ShardEntry) -> None:
-        """Raise ShardMissing or ShardCorrupt if a shard is not there, or has another size."""
+        """Raise ShardMissing or ShardCorrupt if a shard is not there, or has another size; LocalTrouble if nobody can say."""
         name = f"shards/{shard.name}"
-        try:
-            found = (self.path / name).stat().st_size
-        except OSError as error:
-            raise ShardMissing(
-                f"{self.where(name)}: {error.strerror or error}; copy or prepare this shard again"
-            ) from error
+        found = self._asked(name, lambda: (self.path / name).stat().st_size)
         if found != shard.bytes:
             raise ShardCorrupt(
                 f"{self.where(name)}: cut or replaced at offset {min(found, shard.bytes)}: {found} bytes, the manifest "
                 f"says {shard.bytes}; copy or prepare this shard again"
             )
+
+    def _asked(self, name: str, ask: Callable[[], Result], fix: str = "copy or prepare this shard again") -> Result:
+        """What `ask` finds out about a file. It is lost only if the folder that it belongs to can still be seen."""
+        try:
+            return _tried(ask)
+        except OSError as error:
+            text = f"{self.where(name)}: {error.strerror or error}"
+            if error.errno not in _ABSENT:
+                raise LocalTrouble(f"{text}; that is this machine's trouble and not the data's, look there") from error
+            if name != "manifest.json" and not os.path.exists(self.path / "manifest.json"):
+                raise LocalTrouble(f"{text}, and neither is the manifest; bring the whole folder back") from error
+            raise ShardMissing(f"{text}; {fix}") from error
 
     def distrust(self, shard: ShardEntry, file: int) -> bool:
         """Told that the open `file` of a shard is damaged: whether opening it again may give a better one."""
@@ -199,7 +219,7 @@ class ShardReader:
         for shard in () if tolerant else self.manifest.shards:
             self.place.check(shard)
         self._checked = np.zeros(len(self.blocks), bool)
-        self._bad: dict[int, DataError] = {}
+        self._bad: dict[int, ShardDamage] = {}
         self._files: OrderedDict[int, int] = OrderedDict()
         self.max_open = _OPEN_SHARDS
         self._documents: OrderedDict[int, np.ndarray] = OrderedDict()
@@ -254,15 +274,10 @@ class ShardReader:
             try:
                 return self._check_once(block)
             except ShardCorrupt:
-                shard = int(self.blocks[block]["shard"])
-                file = self._files.pop(shard, None)
-                again = file is not None and self.place.distrust(self.manifest.shards[shard], file)
-                if file is not None:
-                    self.place.close(file)
-                if not again:
+                if not self._drop(int(self.blocks[block]["shard"])):
                     raise
                 return self._check_once(block)
-        except DataError as error:
+        except ShardDamage as error:
             self._bad[block] = error
             raise
 
@@ -296,17 +311,30 @@ class ShardReader:
             return
         try:
             with self._lock:
-                file = self._file(shard)
-                count, size = os.preadv(file, [out.data], offset), 0
-                if count < out.nbytes:
-                    size = os.fstat(file).st_size
+                count, size = _tried(lambda: self._read_once(shard, offset, out), lambda: self._drop(shard))
         except OSError as error:
-            raise ShardCorrupt(f"{self._where(shard)}: cannot be read at offset {offset}: {error}") from error
+            raise LocalTrouble(f"{self._where(shard)}: cannot be read at offset {offset}: {error}") from error
         if count < out.nbytes:
-            raise ShardCorrupt(
+            kind = ShardCorrupt if size < offset + out.nbytes else LocalTrouble  # a short answer, though all is there
+            raise kind(
                 f"{self._where(shard)}: cut at offset {size} after it was opened, {out.nbytes} bytes are wanted at "
                 f"{offset}; copy or prepare this shard again"
             )
+
+    def _read_once(self, shard: int, offset: int, out: np.ndarray) -> tuple[int, int]:
+        """Bytes that were read and, where they are too few, those that the file has."""
+        file = self._file(shard)
+        count = os.preadv(file, [out.data], offset)
+        return count, 0 if count == out.nbytes else os.fstat(file).st_size
+
+    def _drop(self, shard: int) -> bool:
+        """Close a shard that is not trusted; whether opening it again may give a better copy."""
+        file = self._files.pop(shard, None)
+        try:
+            return file is not None and self.place.distrust(self.manifest.shards[shard], file)
+        finally:
+            if file is not None:
+                self.place.close(file)
 
     def _file(self, shard: int) -> int:
         file = self._files.get(shard)
@@ -317,6 +345,17 @@ class ShardReader:
         else:
             self._files.move_to_end(shard)
         return file
+
+
+def _tried(read: Callable[[], Result], between: Callable[[], object] = lambda: None) -> Result:
+    """What `read` returns; where the system's error may be gone at once, it is called again after `between`."""
+    try:
+        return read()
+    except OSError as error:
+        if error.errno not in _WORTH_ANOTHER_TRY:
+            raise
+        between()
+        return read()
 
 
 def _parse_manifest(path: str, raw: bytes) -> Manifest:

@@ -20,7 +20,7 @@ from esolm_megatron.data.identity import summary
 from esolm_megatron.data.mixture import Mixture, pattern, phases_of, sources_of
 from esolm_megatron.data.order import Order, permutation
 from esolm_megatron.data.prefetch import Prefetch
-from esolm_megatron.data.shards import DataError, LocalTrouble, ShardEntry, ShardReader
+from esolm_megatron.data.shards import DataError, ShardDamage, ShardEntry, ShardReader
 from esolm_megatron.sections import DataConfig
 
 
@@ -87,20 +87,26 @@ class _Rows:
     ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray], list[tuple[int, int, DataError]]]:
         """Tokens, validity and document starts of the rows at `offsets` in the split's blocks `places`.
 
-        The last are (row, block, error) of rows that were left blank.
+        The last are (row, block, error) of rows that were left blank. Nothing but lost or wrong bytes leaves one blank: with
+        trouble that passes, a restart would train on other rows.
+
+        Raises:
+            DataError: a row could not be read; it names where that row is stored.
         """
         length, reader, eos = self.seq_length, self.reader, self.reader.manifest.eos_id
         counts = np.minimum(self.block_tokens[places] - offsets, length)
         stored, valid = np.empty((len(places), length), reader.dtype), np.ones((len(places), length), bool)
-        documents, lost = [], []
+        documents: list[np.ndarray] = []
+        lost: list[tuple[int, int, DataError]] = []
         bounds = np.stack([offsets + 1, offsets + counts], axis=1)
         numbers = self.blocks[places].tolist()
         for row, (block, start, count) in enumerate(zip(numbers, offsets.tolist(), counts.tolist(), strict=True)):
             try:
                 starts = reader.read_into(block, start, stored[row] if count == length else stored[row, :count])
             except DataError as error:
-                if not self._blank or isinstance(error, LocalTrouble):
-                    raise
+                if not (self._blank and isinstance(error, ShardDamage)):
+                    shard, offset = self.stored_at(block, start)
+                    raise type(error)(f"{error}; wanted by the row at offset {offset} of {shard}") from error
                 lost.append((row, block, error))
                 count, starts = 0, np.empty(0, np.int64)
             if count < length:
@@ -108,6 +114,12 @@ class _Rows:
             low, high = starts.searchsorted(bounds[row]).tolist()
             documents.append(starts[low:high] - start)
         return stored.astype(np.int64), valid, documents, lost
+
+    def stored_at(self, block: int, start: int = 0) -> tuple[str, int]:
+        """Name of the shard that token `start` of a block is in, and its offset there."""
+        record, reader = self.reader.blocks[block], self.reader
+        shard = reader.manifest.shards[int(record["shard"])].name
+        return shard, int(record["token_offset"]) + start * reader.dtype.itemsize
 
 
 class Source(_Rows):
@@ -254,10 +266,8 @@ class TokenStream:
                 yield name, chosen, numbers[chosen]
 
     def _damage(self, name: str, block: int, row: int, sample: int, error: DataError) -> Damage:
-        reader = self.sources[name].reader
-        record = reader.blocks[block]
-        shard = reader.manifest.shards[int(record["shard"])].name
-        return Damage(name, shard, block, int(record["token_offset"]), int(row), int(sample), str(error))
+        shard, offset = self.sources[name].stored_at(block)
+        return Damage(name, shard, block, offset, int(row), int(sample), str(error))
 
     def counts(self, num_batches: int) -> dict[str, dict[str, float]]:
         """Of each source, samples, tokens and epochs in the first `num_batches` global batches."""

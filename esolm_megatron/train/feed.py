@@ -24,7 +24,17 @@ from esolm_megatron.parallel.engine import Engine
 from esolm_megatron.sections import DataConfig
 from esolm_megatron.train.guard import Guard, kept
 
+_FEW, _SHARE = 1000, 8
 _HEAD = 1  # words before those of the rows: whether the reader failed
+
+
+def most_corrupt_rows(limit: int | None, rows_so_far: int) -> int:
+    """Blank rows that a run may have.
+
+    Without a limit it is an eighth of what was read, and a few. One shard of eight or more is never that much, for it is
+    read in two lanes of `data.num_lanes` (16) at a time, at most; windows of rows make the few.
+    """
+    return _FEW + rows_so_far // _SHARE if limit is None else limit
 
 
 def open_stream(config: Config, engine: Engine) -> TokenStream:
@@ -48,7 +58,7 @@ class Feed:
         self._damage: dict[int, tuple[Any, ...]] = {}
         self._prefetch: Prefetch | None = None
         self.blank: Batch = _blank(config, engine)
-        self.corrupt_rows = 0
+        self.corrupt_rows, self._listed = 0, -1
         self.stream = open_stream(config, engine) if engine.reads else None
         self.facts: dict[str, Any] = engine.from_first_rank(self.stream.facts() if self.stream else None)
         self.patience_s: float = engine.from_first_rank(self.stream.patience_s() if self.stream else None)
@@ -114,14 +124,21 @@ class Feed:
             raise DataError("\n".join(said))
         if flags[:, 1].any():
             found = [asdict(damage) for part in self.engine.everywhere(self._damage.pop(number, ())) for damage in part]
-            for damage in sorted(found, key=lambda d: d["row"]):
+            for damage in sorted(found, key=lambda d: d["row"]) if number > self._listed else ():
                 self.guard.event("corrupt_row", batch=number, **damage)
+            self._listed = max(self._listed, number)  # after a rollback the same rows come again
             self.corrupt_rows += len(found)
-            if self.corrupt_rows > self.config.data.max_corrupt_rows:
+            limit, rows = self.config.data.max_corrupt_rows, (number + 1) * self.config.train.global_batch_size
+            if self.corrupt_rows > most_corrupt_rows(limit, rows):
                 raise DataError(
-                    f"data.max_corrupt_rows = {self.config.data.max_corrupt_rows}: {self.corrupt_rows} rows could not be read, "
-                    f"the last because {found[-1]['error']}; mend the shards listed in events.jsonl, or raise it"
+                    f"data.max_corrupt_rows = {'null' if limit is None else limit}: {self.corrupt_rows} rows could not be "
+                    f"read, of {rows} so far, the last because {found[-1]['error']}; mend the shards listed in events.jsonl, "
+                    "or raise it"
                 )
+
+    def restore(self, numbers: dict[str, Any]) -> None:
+        """Count blank rows from a checkpoint's numbers on."""
+        self.corrupt_rows = numbers.get("corrupt_rows", 0)
 
     def counts(self, number: int) -> dict[str, Any]:
         """What was read of each source for the batches before `number` that were not left out; on the first rank."""

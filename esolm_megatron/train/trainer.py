@@ -264,6 +264,7 @@ class _Run:
                 _set_aside(config.run_dir, [s for s in saved if s > target], len(guard.rollbacks))
             found = Checkpoint.open(checkpoint.step_folder(config.run_dir, target), verify=engine.is_first_rank)
             engine.restore(found, tuple(found.kinds()), target)
+            self.feed.restore(found.manifest["numbers"])
             self.metrics.reached = max(self.metrics.reached, self.step)
             self.metrics.go_back(target)
             self.step = self.saved = target
@@ -394,7 +395,7 @@ def resume(config: Config, engine: Engine, feed: Feed) -> int:
         preflight.refuse_other_model(config, found.config_tree["model"])
     else:
         feed.check_same(found.manifest, batches_done(found.step, (numbers.get("guard") or {}).get("skipped", ())))
-        feed.corrupt_rows = numbers.get("corrupt_rows", 0)
+        feed.restore(numbers)
     engine.restore(found, tuple(found.kinds()), found.step)
     return found.step
 

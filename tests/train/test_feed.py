@@ -12,9 +12,11 @@ from data.shard_server import serving
 from ranks import run_ranks
 
 from esolm_megatron.config import ConfigError, check
+from esolm_megatron.data.order import Order
 from esolm_megatron.data.prepare import PrepareConfig, prepare
 from esolm_megatron.data.shards import DataError, ShardReader
 from esolm_megatron.data.stream import TokenStream
+from esolm_megatron.train.feed import most_corrupt_rows
 
 pytestmark = pytest.mark.gloo
 
@@ -226,6 +228,56 @@ def test_batches_that_are_blank_all_over_weigh_nothing_until_there_are_too_many(
     assert len(lines(tmp_path, "events.jsonl")) == 24
     found = damaged_run(folder, tmp_path, 2, max_corrupt_rows=30)
     assert all("32 rows could not be read" in text for _, text, _ in found), "those before the checkpoint count on"
+
+
+def poisoned(config):
+    """One rank: the same, where all ranks object to the batches 6 and 7."""
+    from esolm_megatron.train import trainer
+
+    honest = trainer._Run._objection
+
+    def objection(self, number, loss, norm):
+        return "a bad batch" if number in (6, 7) else honest(self, number, loss, norm)
+
+    trainer._Run._objection = objection
+    return run(config)
+
+
+def test_blank_rows_that_a_rollback_reads_again_are_counted_and_listed_once(folders, tmp_path):
+    folder = shutil.copytree(folders / "data", tmp_path / "data")
+    damage(folder)
+    data = {"path": str(folder), "on_corrupt": "skip", "max_corrupt_rows": 8 * 12}
+    guard = {"rollback_after": 2, "rollback_skip_batches": 0}
+    made = config(tmp_path, data, evaluate={"every_steps": 0}, train={"num_steps": 12}, guard=guard)
+    assert [(step, text) for step, text, _ in run_ranks(poisoned, 2, made)] == [(12, "")] * 2
+    found = lines(tmp_path, "events.jsonl")
+    (back,) = (e for e in found if e["event"] == "rollback")
+    assert (back["step"], back["target"]) == (6, 4), "batches 4 and 5 are read again"
+    listed = [(e["batch"], e["row"]) for e in found if e["event"] == "corrupt_row"]
+    assert sorted(listed) == [(batch, row) for batch in range(14) for row in range(8)]
+    assert lines(tmp_path)[-1]["corrupt_rows"] == 8 * 12
+
+
+@pytest.mark.parametrize(
+    "shards", [[7000] * 8, [7000] * 13, [7000] * 40, [7000] * 3 + [40] * 900], ids=["8", "13", "40", "unequal"]
+)
+def test_any_one_shard_may_be_lost_at_every_moment_of_a_run(shards):
+    """With what is set where nothing is set. A shard of the default size has some 7,000 rows of 2,048 tokens."""
+    data = config("runs", {"path": "tokens"}).data
+    order = Order(np.array(shards), (3,), data.num_lanes, data.shuffle_window)
+    read = order.sequences(np.arange(order.num_sequences))
+    owners = np.repeat(np.arange(len(shards)), shards)[read]
+    so_far = np.arange(1, len(read) + 1)[255::256]
+    allowed = np.array([most_corrupt_rows(data.max_corrupt_rows, int(rows)) for rows in so_far])
+    for lost in np.flatnonzero(np.array(shards) <= len(read) / 8)[:60]:
+        assert (np.cumsum(owners == lost)[255::256] <= allowed).all()
+    assert (so_far > allowed)[so_far > 1200].all(), "a run on nothing ends"
+
+
+def test_a_limit_in_rows_is_a_limit_in_rows():
+    assert config("runs", {"path": "tokens", "max_corrupt_rows": 3}).data.max_corrupt_rows == 3
+    assert most_corrupt_rows(3, 10**6) == 3
+    assert most_corrupt_rows(10**6, 1) == 10**6
 
 
 def test_weights_may_change_for_steps_to_come_only(folders, tmp_path):
