@@ -127,6 +127,7 @@ class _Run:
             prepare_run_folder(config)
             mark_running(config.run_dir, self.step)
         self.started = True
+        self.watchdog.run_starts()
         self.validation = Validation(config, engine) if config.evaluate.every_steps else None
         self.metrics = Metrics(
             config,
