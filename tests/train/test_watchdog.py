@@ -176,6 +176,48 @@ def test_only_what_takes_too_long_is_ended(tmp_path, where, words):
     assert read(tmp_path)["step"] == 4
 
 
+SLEEPS = """
+import sys, time
+from pathlib import Path
+from esolm_megatron import cli
+from esolm_megatron.parallel.engine import Engine
+
+honest, calls = Engine.forward_backward, []
+
+def forward_backward(self, noised):
+    calls.append(1)
+    if len(calls) == 4:
+        Path(sys.argv[1]).touch()
+        time.sleep(8)
+    return honest(self, noised)
+
+Engine.forward_backward = forward_backward
+sys.exit(cli.main(["train", sys.argv[2]]))
+"""
+
+
+@pytest.mark.parametrize("slurm", [False, True])
+def test_a_second_signal_ends_the_process_at_once_but_not_under_slurm(tokens, tmp_path, slurm):
+    """SLURM sends each signal twice: to the step and to the job."""
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree(tokens, tmp_path, **LONG)))
+    env = {k: v for k, v in os.environ.items() if k != "SLURM_JOB_ID"} | ({"SLURM_JOB_ID": "1"} if slurm else {})
+    words = [sys.executable, "-c", SLEEPS, str(tmp_path / "asleep"), str(tmp_path / "run.yaml")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as process:
+        deadline = time.time() + 60
+        while not (tmp_path / "asleep").exists():
+            assert process.poll() is None and time.time() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert process.poll() is None, "the first one waits for the step"
+        began = time.time()
+        process.send_signal(signal.SIGINT)
+        code, text = finish(process)
+        assert code == (Ending.STOPPED if slurm else 128 + signal.SIGINT), text
+        assert (time.time() - began > 4) == slurm
+    assert complete_steps(tmp_path / "run") == ([4] if slurm else [])
+
+
 def test_watchdog_that_is_off_ends_nothing(tmp_path):
     with Watchdog(WatchdogConfig(enabled=False, min_limit_s=0.05, slow_limit_s=0.1), tmp_path, 0) as watchdog:
         time.sleep(0.5)
