@@ -199,13 +199,14 @@ sys.exit(cli.main(["train", sys.argv[2]]))
 @pytest.mark.parametrize("slurm", [False, True])
 def test_a_second_signal_ends_the_process_at_once_but_not_under_slurm(tokens, tmp_path, slurm):
     """SLURM sends each signal twice: to the step and to the job."""
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree(tokens, tmp_path, **LONG)))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree(tokens, tmp_path, **(LONG | {"watchdog": {}}))))
     env = {k: v for k, v in os.environ.items() if k != "SLURM_JOB_ID"} | ({"SLURM_JOB_ID": "1"} if slurm else {})
     words = [sys.executable, "-c", SLEEPS, str(tmp_path / "asleep"), str(tmp_path / "run.yaml")]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as process:
         deadline = time.time() + 60
         while not (tmp_path / "asleep").exists():
-            assert process.poll() is None and time.time() < deadline
+            assert process.poll() is None
+            assert time.time() < deadline
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
         time.sleep(0.5)
