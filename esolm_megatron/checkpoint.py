@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ MANIFEST, PROBE = "manifest.json", "probe.safetensors"
 _STEP = re.compile(r"step_(\d{8,})")
 _LEFTOVER = re.compile(r"step_\d{8,}\.(tmp|deleted)-.+")
 _OPEN_FILES = 64
+_HASHED_AT_ONCE = 8
 
 logger = logging.getLogger(__name__)
 
@@ -221,15 +223,15 @@ class Checkpoint:
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: no such checkpoint; give a folder step_XXXXXXXX")
         manifest = _read_manifest(folder)
-        index: dict[str, Indexed] = {}
-        for name, facts in manifest["files"].items():
-            path = folder / name
+        listed = {folder / name: facts for name, facts in manifest["files"].items()}
+        for path, facts in listed.items():
             if not path.is_file():
                 raise DamagedCheckpoint(f"{path}: missing; restore it, or use an earlier step")
             if path.stat().st_size != facts["bytes"]:
                 raise DamagedCheckpoint(f"{path}: has {path.stat().st_size} bytes where {facts['bytes']} were written")
-            if (verify or path.suffix == ".json") and sha256_of(path) != facts["sha256"]:
-                raise DamagedCheckpoint(f"{path}: its content has changed since it was written (sha256 differs)")
+        _check_hashes({path: facts["sha256"] for path, facts in listed.items() if verify or path.suffix == ".json"})
+        index: dict[str, Indexed] = {}
+        for path in listed:
             if path.suffix == ".json":
                 add_boxes(index, _read_json(path))
         return cls(folder, manifest, index)
@@ -329,6 +331,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise DamagedCheckpoint(f"{path}: must be a JSON object, found {type(tree).__name__}")
     return tree
+
+
+def _check_hashes(expected: Mapping[Path, str]) -> None:
+    """Compare files with their hashes, several at a time: neither hashing nor reading holds Python's lock."""
+    with ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
+        for path, found in zip(expected, pool.map(sha256_of, expected), strict=True):
+            if found != expected[path]:
+                pool.shutdown(cancel_futures=True)  # one is enough: the rest need not be read
+                raise DamagedCheckpoint(f"{path}: its content has changed since it was written (sha256 differs)")
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

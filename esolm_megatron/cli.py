@@ -94,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
         "--processes", type=int, default=None, metavar="N", help="with --cluster: start N on this machine"
     )
     made.add_argument("--folder", default=".", metavar="DIR", help="with --cluster: where each rank tries to write")
+    made.add_argument("--layout", metavar="RUN.yaml", help="with --cluster: try each group of this run's layout")
     return out
 
 

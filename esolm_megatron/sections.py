@@ -29,7 +29,7 @@ class GuardConfig(Section):
     skip_batches: tuple[int, ...] = ()
     """Numbers of batches that are never trained on; those that a resumed run is already past have no effect."""
     checksum_every_steps: int = Field(100, ge=0)
-    """Steps between comparisons of all weights over the data-parallel replicas; 0 means never."""
+    """Steps between comparisons of all weights over data and context replicas and with master weights; 0 means never."""
 
 
 class WatchdogConfig(Section):

@@ -277,6 +277,19 @@ def test_a_changed_number_in_the_manifest_is_noticed(tmp_path):
         Checkpoint.open(path.parent)
 
 
+def test_files_are_hashed_beside_each_other(tmp_path, monkeypatch):
+    """Each waits for another: one after the other they would wait for ever."""
+    folder = save(tmp_path, 1, state(), world=3)
+    together, honest = threading.Barrier(2), ckpt.sha256_of
+
+    def wait_and_hash(path):
+        together.wait(timeout=10)
+        return honest(path)
+
+    monkeypatch.setattr(ckpt, "sha256_of", wait_and_hash)
+    assert Checkpoint.open(folder, verify=True).step == 1  # three ranks' two files each: pairs come out even
+
+
 def test_a_damaged_step_can_be_moved_away_and_saved_again(tmp_path):
     save(tmp_path, 1, state(1))
     for _ in range(2):

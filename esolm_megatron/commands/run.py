@@ -6,6 +6,8 @@ import argparse
 import os
 import signal
 import sys
+import time
+from pathlib import Path
 
 from rich.console import Console
 
@@ -38,12 +40,11 @@ def _doctor_cluster(args: argparse.Namespace) -> int:
         from esolm_megatron.launch import run_local
 
         words = ["doctor", "--cluster", f"--folder={args.folder}", *(["--json"] if args.json else [])]
+        words += [f"--layout={args.layout}"] if args.layout else []
         return run_local([sys.executable, "-m", "esolm_megatron", *words], args.processes)
-    from pathlib import Path
-
     from esolm_megatron.cluster import examine
 
-    report = examine(Path(args.folder))
+    report = examine(Path(args.folder), config=load(args.layout, []) if args.layout else None)
     if int(os.environ.get("RANK", 0)) == 0:
         show(report.as_table(), report.as_dict, args.json)
     return report.exit_status
@@ -56,21 +57,7 @@ def run_train(args: argparse.Namespace) -> int:
     config = load(args.path, args.overrides)
     check_run(config, int(os.environ.get("WORLD_SIZE", args.processes or 1)))
     if (args.processes or 1) > 1 and "RANK" not in os.environ:
-        from esolm_megatron.launch import run_local
-        from esolm_megatron.train import ending
-
-        killed: list[str] = []
-
-        def note(rank: int, code: int) -> None:
-            if code < 0:
-                killed.append(f"rank {rank}: {signal.strsignal(-code)}")
-
-        command = [sys.executable, "-m", "esolm_megatron", "train", args.path, *args.overrides]
-        status = run_local(command, args.processes, on_failure=note)
-        if killed and (said := ending.read(config.run_dir)):  # its last words were those of the others, which miss it
-            ending.mark(config.run_dir, ending.Ending.KILLED, said["step"], killed[0])
-            Console(stderr=True, soft_wrap=True).print(f"{config.run_dir}: {killed[0]}; start it again to continue")
-        return status
+        return _train_here(args, config.run_dir)
     from esolm_megatron.train.trainer import train
 
     outcome = train(config)
@@ -79,3 +66,28 @@ def run_train(args: argparse.Namespace) -> int:
         state += "; start it again to continue" if outcome.ending.restart else ""
         Console(stderr=True).print(f"{config.run_dir}: step {outcome.step} of {config.train.num_steps}, {state}")
     return int(outcome.ending)
+
+
+def _train_here(args: argparse.Namespace, run_dir: Path) -> int:
+    """Train in processes of this machine; what none of them could write into the run folder is written here."""
+    from esolm_megatron.launch import run_local
+    from esolm_megatron.train import ending
+    from esolm_megatron.train.ending import Ending
+
+    killed: list[str] = []
+
+    def note(rank: int, code: int) -> None:
+        if code < 0:
+            killed.append(f"rank {rank}: {signal.strsignal(-code)}")
+
+    began = time.time()
+    command = [sys.executable, "-m", "esolm_megatron", "train", args.path, *args.overrides]
+    status = run_local(command, args.processes, on_failure=note)
+    said = ending.read(run_dir)
+    if killed and said:  # its last words were those of the others, which miss it
+        ending.mark(run_dir, Ending.KILLED, said["step"], killed[0])
+        Console(stderr=True, soft_wrap=True).print(f"{run_dir}: {killed[0]}; start it again to continue")
+    elif status == Ending.HUNG and said and (said["how"] == "running" or said["time"] < began):
+        ending.mark(run_dir, Ending.HUNG, said["step"], ending.LOCKED)
+        Console(stderr=True, soft_wrap=True).print(f"{run_dir}: {ending.LOCKED}; start it again to continue")
+    return status

@@ -91,7 +91,8 @@ def main(folder: Path) -> int:
     if cluster.health == "all":
         from esolm_megatron.cluster import examine
 
-        report = examine(run_dir, megabytes=8, timeout_s=cluster.health_limit_s)
+        config = load(folder / "config.yaml")
+        report = examine(run_dir, megabytes=8, timeout_s=cluster.health_limit_s, config=config)
         if rank == 0:
             bad = sorted({r.host for r in report.ranks if r.problems})
             slow = report.slow

@@ -22,6 +22,8 @@ from typing import Any
 from esolm_megatron.train.ending import Ending
 
 GRACE_S = 5.0
+HANG_GRACE_S = 15.0
+"""After a hang: a rank that holds Python's lock writes its stacks a little later than those that wait for it."""
 
 
 def run_local(
@@ -99,7 +101,9 @@ def _wait(
             ended[rank] = 128 - code if code < 0 else code
             if code not in _IN_ORDER and not failed:
                 failed = True  # the others wait for the dead one in a collective; they cannot finish
-                deadline = min(deadline or math.inf, time.monotonic() + GRACE_S)
+                deadline = min(
+                    deadline or math.inf, time.monotonic() + (HANG_GRACE_S if code == Ending.HUNG else GRACE_S)
+                )
                 if on_failure is not None:
                     on_failure(rank, code)
         if len(ended) == len(ranks):

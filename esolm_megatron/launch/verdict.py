@@ -60,6 +60,8 @@ def cause(run_dir: Path, logs: Path, machine: Machine, status: int, step: int) -
         return Cause(known, said["detail"], tuple(sorted({machine.host_of(r) for r in odd})))
     if known == Ending.HUNG:
         return Cause(known, said["detail"])
+    if status == Ending.HUNG or any(f"exit code {int(Ending.HUNG)}" in what for _, _, what in dead):
+        return Cause(Ending.HUNG, ending.LOCKED)  # no rank could say so itself
     first = [w for w in words if not _CONSEQUENCE.search(w["error"])]
     if first:
         return Cause(Ending.FAILED, _line(first[0]))

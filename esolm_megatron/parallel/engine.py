@@ -16,6 +16,7 @@ from torch import Tensor
 from esolm_megatron.checkpoint import Checkpoint, Piece
 from esolm_megatron.config import Config
 from esolm_megatron.model import flash
+from esolm_megatron.model.layers import split_of
 from esolm_megatron.objective.esolm import Noised, OrderedRows, PackedBatch, mean_loss, pack
 from esolm_megatron.parallel import groups, pipeline, replicas, zero
 from esolm_megatron.parallel.context import own_share
@@ -59,6 +60,9 @@ class Engine:
         self.deepspeed = zero.build(config, self.chunks, self.owned)
         self.work = Stopwatch(self.device)
         self.state = ZeroState(self.deepspeed, self.owned, self.topology, config.optim.ema_decay)
+        self._own_loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.evidence = (0.0, 0.0)
+        """Of the last `try_step`: the loss as this rank's tokens gave it, and a fingerprint of its norms and biases."""
 
     @property
     def is_first_rank(self) -> bool:
@@ -89,7 +93,14 @@ class Engine:
             kept = self._run(staged, pipeline.loss_outcome(num_valid, scale), forward_only=False)
         if self.config.parallel.zero_stage < 2:  # the others are finished as they come
             zero.finish_gradients(self.config, self.chunks, self.state.gradients(), self.topology)
+        self._own_loss = mean_loss(torch.stack(kept).double().sum(0), num_valid) if kept else num_valid.new_zeros(())
         return self._report(kept, num_valid)
+
+    def _evidence(self) -> Tensor:
+        """(2,) fp64 of this rank alone, before anything is summed over ranks; see `replicas.accusations`."""
+        whole = [o.parameter for o in self.owned if split_of(o.parameter).dim is None]
+        pieces = [getattr(parameter, "ds_tensor", parameter) for parameter in whole]  # what ZeRO 3 leaves of it here
+        return torch.stack([self._own_loss, replicas.fingerprint(pieces, self.device)])
 
     def _run(self, staged: Staged, outcome: pipeline.Outcome, **options: bool) -> list[Tensor]:
         """`pipeline.run` on this rank's shares of micro-batches."""
@@ -188,13 +199,16 @@ class Engine:
 
         A refused step leaves weights, moments, moving average and the number of steps untouched on all ranks.
         """
-        loss, diffusion, sequential = self.forward_backward(noised).tolist()
+        losses = self.forward_backward(noised)
+        # ZeRO 1 and 2 write all weights anew in the step: a wrong one would vanish with its traces
+        loss, diffusion, sequential, *evidence = torch.cat([losses, self._evidence()]).tolist()
+        self.evidence = evidence[0], evidence[1]
         with Gate(self.deepspeed.optimizer, lambda norm: problem_of(loss, norm), self.any_rank) as gate:
             self.state.step(lr)
         return StepResult(loss, diffusion, sequential, gate.norm), gate.problem
 
     def disagreements(self) -> list[str]:
-        """A line for each parameter whose bits differ between replicas, naming ranks; the same on all ranks.
+        """A line for each parameter whose bits differ between data or context replicas, naming ranks; the same on all ranks.
 
         Ask before a step's update: it rounds the master weights into new ones everywhere, so that a wrong weight vanishes
         and a wrong master weight becomes everyone's. Each rank compares its master weights with its weights for that.
@@ -203,20 +217,9 @@ class Engine:
         found = replicas.disagreements([(o.name, o.parameter) for o in self.owned], group)
         found += [
             f"{name}: rank {self.topology.rank} holds a master weight that is not its weight"
-            for name in self._strayed()
+            for name in self.state.strayed()
         ]
         return list(dict.fromkeys(line for lines in self.everywhere(found) for line in lines))
-
-    def _strayed(self) -> Iterator[str]:
-        for owned in self.owned:
-            mapping = getattr(owned.parameter, "_hp_mapping", None)
-            if mapping is None:
-                continue
-            low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
-            weights = owned.parameter.detach().view(-1)[low.start : low.start + low.numel]
-            masters = self.state.flats[mapping.param_group_index].detach()[high.start : high.start + high.numel]
-            if not torch.equal(weights, masters.to(weights.dtype)):
-                yield owned.name
 
     def table(self, numbers: Sequence[float]) -> np.ndarray:
         """(world_size, n) fp64: every rank's numbers, on every rank."""

@@ -43,6 +43,9 @@ class Partitions(Protocol):
     def fragment(self, parameter: nn.Parameter) -> Fragment | None:
         """What this rank owns of a parameter."""
 
+    def weights(self, parameter: nn.Parameter, fragment: Fragment) -> Tensor:
+        """The network's own copy of a fragment, flat."""
+
     def publish(self) -> None:
         """Let the network compute with the master weights as they are now, on all ranks together."""
 
@@ -61,6 +64,10 @@ class GroupPartitions:
             return None
         low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
         return Fragment(low.start, low.numel, mapping.param_group_index, high.start)
+
+    def weights(self, parameter: nn.Parameter, fragment: Fragment) -> Tensor:
+        """Every rank has them whole."""
+        return parameter.detach().view(-1)[fragment.start : fragment.start + fragment.count]
 
     def publish(self) -> None:
         """Round to the network's dtype and gather."""
@@ -83,6 +90,10 @@ class ParameterPartitions:
             return None
         flat, at, _ = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
         return Fragment(start, count, flat, at)
+
+    def weights(self, parameter: Any, fragment: Fragment) -> Tensor:
+        """The piece from which forward gathers."""
+        return parameter.ds_tensor.detach().view(-1)[: fragment.count]
 
     def publish(self) -> None:
         """Round to the network's dtype; forward gathers."""
@@ -124,6 +135,17 @@ class ZeroState:
         if missing:
             raise RuntimeError(f"no gradient for {', '.join(missing)}")
         return {o.parameter: getattr(o.parameter, where) for o in self.owned}
+
+    def strayed(self) -> Iterator[str]:
+        """Names of this rank's weights that are not their master weights, rounded."""
+        for owned in self.owned:
+            fragment = self.partitions.fragment(owned.parameter)
+            if fragment is None:
+                continue
+            weights = self.partitions.weights(owned.parameter, fragment)
+            masters = self.flats[fragment.flat].detach()[fragment.at : fragment.at + fragment.count]
+            if not torch.equal(weights, masters.to(weights)):  # offloaded ones are on another device
+                yield owned.name
 
     def step(self, lr: float) -> float:
         """Reduce over data ranks, clip, update; returns the global gradient norm before clipping, nan if it is not finite."""

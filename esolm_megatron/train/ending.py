@@ -46,6 +46,8 @@ class Ending(IntEnum):
 
 
 MARKER = "ended.json"
+LOCKED = "a call that holds Python's lock did not return; logs/stacks_rank_*.txt in the run folder say which"
+"""Detail of a hang after which no rank could write MARKER itself."""
 
 
 def write_json(path: Path, tree: Any) -> None:

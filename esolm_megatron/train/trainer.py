@@ -24,7 +24,7 @@ from esolm_megatron.data.stream import Batch
 from esolm_megatron.model.size import CAPACITY_MULTIPLE, flops_per_step, mask_capacity
 from esolm_megatron.objective.esolm import Noised, document_numbers, draw_step, draw_validation, mean_loss
 from esolm_megatron.parallel.engine import Engine, Staged, StepResult
-from esolm_megatron.parallel.replicas import verdict
+from esolm_megatron.parallel.replicas import accusations, compared
 from esolm_megatron.train import preflight
 from esolm_megatron.train.ahead import Ahead
 from esolm_megatron.train.ending import Ending, mark, mark_running
@@ -127,6 +127,7 @@ class _Run:
             prepare_run_folder(config)
             mark_running(config.run_dir, self.step)
         self.started = True
+        self.watchdog.run_starts()
         self.validation = Validation(config, engine) if config.evaluate.every_steps else None
         self.metrics = Metrics(
             config,
@@ -157,12 +158,12 @@ class _Run:
             lr = learning_rate(self.step, config.optim, t.num_steps)
             result, problem = engine.try_step(staged, lr, partial(self._objection, number))
             flags = [float(self.stop.signal is not None), float(self.saver.failed)]
-            table = engine.table([result.loss, engine.work.seconds(), *flags, *self.feed.flags(number)])
-            self.feed.settle(number, table[:, 4:])
-            stopping = bool(table[:, 2].any())
-            if table[:, 3].any():
+            table = engine.table([*engine.evidence, engine.work.seconds(), *flags, *self.feed.flags(number)])
+            self.feed.settle(number, table[:, 5:])
+            stopping = bool(table[:, 3].any())
+            if table[:, 4].any():
                 self.saver.check()
-            corrupted = self._corrupted(table[:, 0])
+            corrupted = self._corrupted(table[:, 0], table[:, 1])
             if corrupted:
                 return Ending.CORRUPTED, corrupted
             if problem is not None:
@@ -173,7 +174,7 @@ class _Run:
             else:
                 self.step, self.loss = self.step + 1, result.loss
                 guard.accept(result.loss, result.grad_norm)
-                self.stragglers.add(table[:, 1])
+                self.stragglers.add(table[:, 2])
                 seconds = self.clock.spent("step" if self.step > self.metrics.reached else "repeated")
                 self.watchdog.step_done(self.step, None if fresh else seconds)
                 self._report(result, lr, ahead, first=fresh)
@@ -193,6 +194,8 @@ class _Run:
             facts["drawn_ahead"] = ahead.drawn
             if first:
                 facts["attention"] = self.engine.kernels
+                p, every = config.parallel, config.guard.checksum_every_steps
+                facts["compared"] = compared(self.engine.topology, p.zero_stage, every)
             facts["sources"] = self.feed.counts(self.guard.batch_of(step))
             if self.feed.corrupt_rows:
                 facts["corrupt_rows"] = self.feed.corrupt_rows
@@ -222,16 +225,16 @@ class _Run:
 
     def _objection(self, number: int, loss: float, norm: float) -> str | None:
         """Why a step must not be made; asked on all ranks, after backward and before the update."""
-        if due(self.step + 1, self.config.guard.checksum_every_steps) and self.engine.topology.data_size > 1:
+        if due(self.step + 1, self.config.guard.checksum_every_steps):
             self.corruption = self.engine.disagreements()
         if self.feed.failed(number):
             return "a batch that could not be read"
         return "corrupted weights" if self.corruption else self.guard.problem(loss, norm)
 
-    def _corrupted(self, losses: np.ndarray) -> str:
-        """Who holds other weights, or another loss, than its replicas; empty where all agree."""
-        bits = np.where(np.isnan(losses), np.nan, losses).view(np.int64).tolist()  # one pattern for nan
-        found = [*([verdict("loss", range(len(bits)), bits)] if len(set(bits)) > 1 else []), *self.corruption]
+    def _corrupted(self, losses: np.ndarray, fingerprints: np.ndarray) -> str:
+        """Who holds other weights, or found another loss, than ranks that should agree with it; empty where all agree."""
+        top, stage = self.engine.topology, self.config.parallel.zero_stage
+        found = [*self.corruption, *accusations(losses, fingerprints, top, zero_stage=stage)]
         if not found:
             return ""
         self.guard.event("corrupted", step=self.step, found=found)

@@ -63,20 +63,43 @@ FAST_OF_FOUR = {
 
 def features(index):
     """Model, parallel and train settings that rotate with the row of the table."""
-    model = {"tied_embeddings": index % 2 == 0, "dropout": 0.1 if index % 5 in (1, 3) else 0.0}
-    return model, {"recompute": ("none", "full", "selective")[index % 3]}, "bf16" if index % 4 == 3 else "fp32"
+    # the sorted names end in ZeRO stages 0 to 3: what has a period of 2 or 4 meets only some of them
+    tied = (index + index // 4) % 2 == 0
+    model = {"tied_embeddings": tied, "dropout": 0.1 if index % 5 in (1, 3) else 0.0}
+    return model, {"recompute": ("none", "full", "selective")[index % 3]}, "bf16" if index % 7 in (3, 4) else "fp32"
+
+
+def is_fast(name):
+    return LAYOUTS[name][0] <= 2 or name in FAST_OF_FOUR
 
 
 def cases():
     for index, (name, (world, parallel)) in enumerate(sorted(LAYOUTS.items())):
-        fast = world <= 2 or name in FAST_OF_FOUR
-        yield pytest.param(world, parallel, *features(index), id=name, marks=() if fast else pytest.mark.slow)
+        marks = () if is_fast(name) else pytest.mark.slow
+        yield pytest.param(world, parallel, *features(index), id=name, marks=marks)
 
 
 def test_the_table_has_what_it_should():
     assert set(LAYOUTS) >= FAST_OF_FOUR
     assert len(LAYOUTS) == 80
     assert not any(p["zero_stage"] >= 2 and p["pipeline_size"] > 1 for _, p in LAYOUTS.values())
+
+
+def test_features_meet_each_other_in_fast_rows_of_several_processes():
+    met = set()
+    for index, (name, (world, parallel)) in enumerate(sorted(LAYOUTS.items())):
+        model, more, precision = features(index)
+        if world == 1 or not is_fast(name):
+            continue
+        tied = model["tied_embeddings"]
+        met |= {(precision, tied), (precision, parallel["zero_stage"]), ("tied", tied, parallel["zero_stage"])}
+        met |= {(precision, more["recompute"]), (precision, "dropout", model["dropout"] > 0)}
+        met |= {(precision, tied, size) for size in ("tensor", "context", "pipeline") if parallel[f"{size}_size"] > 1}
+    both = ("bf16", "fp32")
+    assert met >= {(p, x) for p in both for x in (True, False, 0, 1, 2, 3, "none", "full", "selective")}
+    assert met >= {("tied", tied, zero) for tied in (True, False) for zero in range(4)}
+    assert met >= {(p, "dropout", x) for p in both for x in (True, False)}
+    assert met >= {("bf16", tied, size) for tied in (True, False) for size in ("tensor", "context", "pipeline")}
 
 
 @pytest.mark.parametrize(("world", "parallel", "model", "more", "precision"), cases())

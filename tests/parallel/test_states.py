@@ -74,14 +74,7 @@ def third_step(state):
 def test_a_state_loads_into_every_layout_and_comes_out_the_same(layout, state, third_step):
     world_size, parallel = CHAIN[layout]
     results = run_ranks(load, world_size, make_config(MODEL, parallel=parallel), state)
-    assert set(state) == {"weight", "exp_avg", "exp_avg_sq", "ema"}
-    for key in ("pieces", "again"):
-        found = saved(results, key)
-        assert found.keys() == state.keys()
-        for kind, tensors in found.items():
-            assert tensors.keys() == state[kind].keys()
-            for name, tensor in tensors.items():
-                assert np.array_equal(tensor.numpy(), state[kind][name]), f"{key}: {kind} {name}"
+    assert_unchanged(results, state)
     for kind in ("weight", "ema"):
         assert_probe(results, kind, state[kind])
     for result in results:
@@ -90,6 +83,48 @@ def test_a_state_loads_into_every_layout_and_comes_out_the_same(layout, state, t
     for kind, tensors in third_step[1].items():  # the moments count in the step after
         for name, tensor in tensors.items():
             torch.testing.assert_close(after[kind][name], tensor, rtol=1e-3, atol=2e-5)
+
+
+def assert_unchanged(results, state):
+    """What all ranks would save is what they were given, to the last bit."""
+    assert set(state) == {"weight", "exp_avg", "exp_avg_sq", "ema"}
+    for key in ("pieces", "again"):
+        found = saved(results, key)
+        assert found.keys() == state.keys()
+        for kind, tensors in found.items():
+            assert tensors.keys() == state[kind].keys()
+            for name, tensor in tensors.items():
+                assert np.array_equal(tensor.numpy(), state[kind][name]), f"{key}: {kind} {name}"
+
+
+def bf16(tied, **parallel):
+    return make_config(MODEL | {"tied_embeddings": tied}, parallel=parallel, train={"precision": "bf16"})
+
+
+@pytest.fixture(scope="module")
+def rounded():
+    """tied -> what two bf16 steps on two data ranks leave, and the third step's loss and norm on one process."""
+    out = {}
+    for tied in (True, False):
+        results = run_ranks(start, 2, bf16(tied))
+        state = {kind: {n: t.numpy() for n, t in tensors.items()} for kind, tensors in saved(results).items()}
+        out[tied] = state, run_ranks(load, 1, bf16(tied), state)[0]["next"]
+    return out
+
+
+@pytest.mark.parametrize("layout", CHAIN)
+def test_a_state_of_bf16_keeps_its_master_weights_in_every_layout(layout, rounded):
+    """Tied in every second one, each dimension in both: what is rounded is the network's copy, never what is saved."""
+    world_size, parallel = CHAIN[layout]
+    tied = list(CHAIN).index(layout) // 2 % 2 == 0
+    state, third = rounded[tied]
+    assert ("head.weight" in state["weight"]) != tied
+    weights = np.concatenate([w.ravel() for w in state["weight"].values()])
+    assert (torch.from_numpy(weights).bfloat16().float().numpy() != weights).mean() > 0.5, "they are not bf16 numbers"
+    results = run_ranks(load, world_size, bf16(tied, **parallel), state)
+    assert_unchanged(results, state)
+    for result in results:
+        assert result["next"] == pytest.approx(third, rel=3e-2)
 
 
 def assert_probe(results, kind, weights):

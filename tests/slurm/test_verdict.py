@@ -65,6 +65,12 @@ def test_the_marker_is_believed(tmp_path, how):
     assert (found.ending, found.hopeless) == (how, how == Ending.BAD_NUMBERS)
 
 
+def test_a_hang_that_no_rank_could_write_down_is_known_by_its_exit_code(tmp_path):
+    srun = "srun: error: n1: task 3: Exited with exit code 80\nsrun: error: n0: tasks 0-2: Killed\n"
+    found = judged(tmp_path, srun=srun)
+    assert (found.ending, "stacks_rank" in found.detail) == (Ending.HUNG, True)
+
+
 def test_a_signal_before_the_first_step_is_no_failure(tmp_path):
     assert judged(tmp_path, srun="srun: error: n0: task 0: Exited with exit code 75\n").ending == Ending.STOPPED
     assert judged(tmp_path, told="SIGTERM").ending == Ending.STOPPED

@@ -9,8 +9,9 @@ from ranks import run_ranks
 from truth import make_config, share_of_step
 
 from esolm_megatron import checkpoint
-from esolm_megatron.parallel.replicas import checksum, verdict
+from esolm_megatron.parallel.replicas import accusations, checksum, compared, verdict
 from esolm_megatron.sections import GuardConfig
+from esolm_megatron.topology import Topology
 from esolm_megatron.train.guard import Guard, Rollback, kept, spike
 from esolm_megatron.train.trainer import _set_aside
 
@@ -94,9 +95,10 @@ def flip(config, victim, name, place, bit, master=False):
     if engine.topology.rank == victim:
         (parameter,) = [o.parameter for o in engine.owned if o.name == name]
         if master:
-            mapping = parameter._hp_mapping
-            parameter = engine.state.flats[mapping.param_group_index]
-            place += mapping.hp_fragment_address.start
+            fragment = engine.state.partitions.fragment(parameter)
+            parameter, place = engine.state.flats[fragment.flat], place + fragment.at
+        elif not parameter.numel():  # ZeRO 3
+            parameter = parameter.ds_tensor
         kind = torch.int32 if parameter.element_size() == 4 else torch.int16
         parameter.data.view(-1).view(kind)[place] ^= 1 << bit
     return before, engine.disagreements()
@@ -123,12 +125,105 @@ def test_one_flipped_bit_is_named(world_size, parallel, precision, expected):
 
 @pytest.mark.gloo
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_flipped_bit_of_a_master_weight_is_named(precision):
-    """It is no difference between replicas until the next update makes it everyone's."""
-    config = make_config(train={"precision": precision, "global_batch_size": 8})
-    for before, after in run_ranks(flip, 2, config, 1, "layers.2.mlp.fc1.weight", 3, 20, True):
+@pytest.mark.parametrize(
+    ("zero_stage", "offload", "master"),
+    [(1, False, True), (1, True, True), (3, False, True), (3, False, False), (3, True, True)],
+)
+def test_a_flipped_bit_of_a_master_weight_is_named(precision, zero_stage, offload, master):
+    """It is no difference between replicas until the next update makes it everyone's; nor is a weight of ZeRO 3 at all."""
+    parallel = {
+        "zero_stage": zero_stage,
+        "offload_optimizer": offload,
+        "offload_parameters": offload and zero_stage == 3,
+    }
+    config = make_config(parallel=parallel, train={"precision": precision, "global_batch_size": 8})
+    bit = 20 if master or precision == "fp32" else 4
+    for before, after in run_ranks(flip, 2, config, 1, "layers.2.mlp.fc1.weight", 3, bit, master):
         assert before == []
         assert after == ["layers.2.mlp.fc1.weight: rank 1 holds a master weight that is not its weight"]
+
+
+def miscalculate(config, victim, flipped):
+    """Evidence and loss of each rank and step, of which one rank spoils the second: a norm's weight, or what it puts out."""
+    from esolm_megatron.model.layers import Norm
+    from esolm_megatron.parallel.engine import Engine
+
+    engine = Engine(config)
+    top, found = engine.topology, []
+    norm = next(m for m in engine.chunks[0].modules() if isinstance(m, Norm))
+    for step in range(3):
+        handle = None
+        if step == 1 and top.rank == victim and flipped:
+            weight = getattr(norm.weight, "ds_tensor", norm.weight)
+            weight.data.view(-1).view(torch.int32)[1] ^= 1 << 19
+        elif step == 1 and top.rank == victim:
+            handle = norm.register_forward_hook(lambda module, args, out: out * 1.01)
+        noised = share_of_step(config, step, top.data_rank, top.data_size)
+        result, _ = engine.try_step(noised, 1e-3, lambda loss, norm: None)
+        found.append((*engine.evidence, result.loss))
+        if handle is not None:
+            handle.remove()
+    return top, found
+
+
+SPOILED = {
+    "tp2": (2, {"tensor_size": 2}),
+    "tp2_sp": (2, {"tensor_size": 2, "sequence_parallel": True}),
+    "tp2_dp2": (4, {"tensor_size": 2}),
+    "tp2_zero3": (2, {"tensor_size": 2, "zero_stage": 3}),
+    "tp2_pp2": (4, {"tensor_size": 2, "pipeline_size": 2}),
+    "cp2_zero0": (2, {"context_size": 2, "zero_stage": 0}),
+}
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("layout", SPOILED)
+def test_a_norm_that_is_wrong_on_one_rank_is_seen_though_all_report_one_loss(layout):
+    world_size, parallel = SPOILED[layout]
+    steps = accused(world_size, make_config(parallel=parallel), True)
+    assert steps[0] == []
+    where = "rank 1 differs from ranks 0, 2, 3" if layout == "tp2_dp2" else "ranks 0, 1 differ"
+    assert any(line.startswith(f"norms and biases: {where}") for line in steps[1]), steps
+
+
+@pytest.mark.gloo
+def test_what_a_tensor_rank_computes_wrongly_shows_in_its_norms_after_the_update():
+    steps = accused(2, make_config(parallel={"tensor_size": 2}), False)
+    assert [bool(lines) for lines in steps] == [False, False, True]
+    assert accused(4, make_config(parallel={"tensor_size": 2, "zero_stage": 3}), None) == [[], [], []], "all is well"
+
+
+def accused(world_size, config, flipped):
+    """What is said after each step; flipped: None for a run in which nothing is wrong."""
+    results = run_ranks(miscalculate, world_size, config, -1 if flipped is None else 1, bool(flipped))
+    table = np.array([found for _, found in results])  # rank, step, (loss, fingerprint, reported loss)
+    assert (table[:, :, 2] == table[:1, :, 2]).all(), "the reported loss says nothing"
+    stage = config.parallel.zero_stage
+    return [accusations(table[:, i, 0], table[:, i, 1], results[0][0], zero_stage=stage) for i in range(3)]
+
+
+def test_a_loss_of_a_tensor_rank_alone_is_named_and_its_rounding_is_not():
+    top, same = Topology(rank=0, world_size=6, tensor_size=3), np.ones(6)
+    nan, inf = float("nan"), float("inf")
+    for losses, found in (
+        ([2, 2, 2, 3, 3, 3], []),
+        ([2, 2 + 1e-6, 2 - 1e-6, nan, nan, nan], []),
+        ([2, 2, 2, inf, inf, inf], []),
+        ([2, 2, 2.1, 3, 3, 3], ["loss: rank 2 differs from ranks 0, 1"]),
+        ([2, 2, 2, 3, nan, 3], ["loss: rank 4 differs from ranks 3, 5"]),
+    ):
+        assert accusations(np.array(losses), same, top, zero_stage=1) == found
+
+
+def test_what_is_compared_is_said():
+    top = Topology(world_size=8, tensor_size=2, context_size=2)
+    assert compared(top, 1, 50) == (
+        "norms and biases of 8 ranks each step, the loss of tensor ranks each step, "
+        "all weights of 4 replicas each 50 steps, weights with their master weights each 50 steps"
+    )
+    assert compared(top, 3, 50).startswith("norms and biases of 2 ranks each step, the loss")
+    assert "all weights" not in compared(top, 3, 50)
+    assert compared(Topology(), 3, 0) == "nothing"
 
 
 def test_every_single_bit_changes_the_checksum():

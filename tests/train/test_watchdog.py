@@ -74,6 +74,70 @@ def test_dead_rank_ends_the_others(tokens, tmp_path):
     assert said["step"] >= 3
 
 
+LOCKED = """
+import ctypes
+import os
+import sys
+from esolm_megatron import cli
+from esolm_megatron.parallel.engine import Engine
+
+honest, calls = Engine.forward_backward, []
+
+def a_place_to_be_stuck():
+    ctypes.PyDLL(None).sleep(1000)  # keeps Python's lock
+
+def forward_backward(self, noised):
+    calls.append(1)
+    if len(calls) == 7 and os.environ["RANK"] in sys.argv[1]:
+        a_place_to_be_stuck()
+    return honest(self, noised)
+
+Engine.forward_backward = forward_backward
+sys.exit(cli.main(["train", *sys.argv[2:]]))
+"""
+AS_A_USER = """
+import subprocess, sys
+from esolm_megatron import cli
+
+program, who, *words = sys.argv[1:]
+honest = subprocess.Popen
+subprocess.Popen = lambda command, **options: honest([sys.executable, program, who, *command[4:]], **options)
+sys.exit(cli.main(words))
+"""
+"""The command that a user types, with a program in the place of its ranks."""
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("who", ["1", "01"], ids=["one", "all"])
+def test_a_call_that_keeps_pythons_lock_ends_as_a_hang_with_its_stack(tokens, tmp_path, who):
+    """One rank: the others notice. All ranks: no thread of Python runs anywhere, and only the parent can say how it ended."""
+    config = tree(tokens, tmp_path, **LONG)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "program.py").write_text(LOCKED)
+    began = time.time()
+    words = [str(tmp_path / "program.py"), who, "train", str(tmp_path / "run.yaml"), "--processes=2"]
+    done = subprocess.run(
+        [sys.executable, "-c", AS_A_USER, *words], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == Ending.HUNG, done.stdout + done.stderr
+    assert time.time() - began < 100
+    for rank in who:
+        stacks = stacks_file(tmp_path / "run", int(rank)).read_text()
+        assert "a_place_to_be_stuck" in stacks
+        assert "most recent call first" in stacks
+    marker = read(tmp_path / "run")
+    assert (marker["how"], marker["exit_code"], marker["restart"]) == ("hung", 80, True)
+    assert ("Python's lock" in marker["detail"]) == (who == "01")
+    await_end_of_ranks(tmp_path)
+
+
+@pytest.mark.gloo
+def test_a_run_that_ends_well_leaves_no_stacks(tokens, tmp_path):
+    code, text = finish(start(tree(tokens, tmp_path, train={"num_steps": 2}), tmp_path, processes=2))
+    assert code == 0, text
+    assert list((tmp_path / "run" / "logs").iterdir()) == []
+
+
 STUCK = """
 import sys, time
 from pathlib import Path
@@ -110,6 +174,49 @@ def test_only_what_takes_too_long_is_ended(tmp_path, where, words):
     assert words in stacks
     assert ("a_place_to_be_stuck" in stacks) == (where == "step")
     assert read(tmp_path)["step"] == 4
+
+
+SLEEPS = """
+import sys, time
+from pathlib import Path
+from esolm_megatron import cli
+from esolm_megatron.parallel.engine import Engine
+
+honest, calls = Engine.forward_backward, []
+
+def forward_backward(self, noised):
+    calls.append(1)
+    if len(calls) == 4:
+        Path(sys.argv[1]).touch()
+        time.sleep(8)
+    return honest(self, noised)
+
+Engine.forward_backward = forward_backward
+sys.exit(cli.main(["train", sys.argv[2]]))
+"""
+
+
+@pytest.mark.parametrize("slurm", [False, True])
+def test_a_second_signal_ends_the_process_at_once_but_not_under_slurm(tokens, tmp_path, slurm):
+    """SLURM sends each signal twice: to the step and to the job."""
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree(tokens, tmp_path, **(LONG | {"watchdog": {}}))))
+    env = {k: v for k, v in os.environ.items() if k != "SLURM_JOB_ID"} | ({"SLURM_JOB_ID": "1"} if slurm else {})
+    words = [sys.executable, "-c", SLEEPS, str(tmp_path / "asleep"), str(tmp_path / "run.yaml")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as process:
+        deadline = time.time() + 60
+        while not (tmp_path / "asleep").exists():
+            assert process.poll() is None
+            assert time.time() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert process.poll() is None, "the first one waits for the step"
+        began = time.time()
+        process.send_signal(signal.SIGINT)
+        code, text = finish(process)
+        assert code == (Ending.STOPPED if slurm else 128 + signal.SIGINT), text
+        assert (time.time() - began > 4) == slurm
+    assert complete_steps(tmp_path / "run") == ([4] if slurm else [])
 
 
 def test_watchdog_that_is_off_ends_nothing(tmp_path):
@@ -258,32 +365,42 @@ honest, calls = Engine.forward_backward, []
 
 def forward_backward(self, noised):
     calls.append(1)
-    result = honest(self, noised)
     if len(calls) == 7 and os.environ["RANK"] == "1":
-        if sys.argv[1] == "weight":
-            self.owned[3].parameter.data.view(-1).view(torch.int32)[5] ^= 1 << 20
-        else:
-            result[0] += 1e-9
-    return result
+        parameters = [o.parameter for o in self.owned if o.parameter.dim() == (1 if sys.argv[1] == "norm" else 2)]
+        parameters[1].data.view(-1).view(torch.int32)[5] ^= 1 << 20
+    return honest(self, noised)
 
 Engine.forward_backward = forward_backward
 sys.exit(cli.main(["train", *sys.argv[2:]]))
 """
+TOO_FEW = "ranks 0, 1 differ, and no majority says which is right"
 
 
 @pytest.mark.gloo
-@pytest.mark.parametrize("what", ["weight", "loss"])
-def test_corrupted_rank_stops_the_run_before_anything_is_saved_from_it(tokens, tmp_path, what):
-    config = tree(tokens, tmp_path, guard={"checksum_every_steps": 1}, checkpoint={"every_steps": 1})
-    config["train"] |= {"global_batch_size": 12}
-    code, text = broken_run(config, tmp_path, FLIPPED, what, 3)
+@pytest.mark.parametrize(
+    ("what", "num_ranks", "parallel", "every", "found"),
+    [
+        ("matrix", 3, {}, 1, ("layers.", "rank 1 differs from ranks 0, 2")),
+        ("norm", 2, {"tensor_size": 2}, 0, ("norms and biases: ", TOO_FEW)),
+        ("matrix", 2, {"context_size": 2}, 1, ("layers.", TOO_FEW)),
+    ],
+    ids=["data", "tensor", "context"],
+)
+def test_corrupted_rank_stops_the_run_before_anything_is_saved_from_it(
+    tokens, tmp_path, what, num_ranks, parallel, every, found
+):
+    config = tree(tokens, tmp_path, guard={"checksum_every_steps": every}, checkpoint={"every_steps": 1})
+    config |= {"parallel": parallel, "train": config["train"] | {"global_batch_size": 12}}
+    code, text = broken_run(config, tmp_path, FLIPPED, what, num_ranks)
     assert code == Ending.CORRUPTED, text
     marker = read(tmp_path / "run")
     assert (marker["how"], marker["restart"], marker["step"]) == ("corrupted", True, 6)
     (event,) = events(tmp_path, "corrupted")
-    assert "rank 1 differs from ranks 0, 2" in event["found"][0]
-    assert event["found"][0].startswith("loss: " if what == "loss" else "layers.")
+    assert event["found"][0].startswith(found[0])
+    assert found[1] in event["found"][0]
     assert complete_steps(tmp_path / "run")[-1] == 6
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert ("norms and biases" in first["compared"], "all weights" in first["compared"]) == (True, every == 1)
 
 
 def test_time_is_accounted_for():
