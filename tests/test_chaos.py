@@ -23,4 +23,5 @@ def test_one_trouble_of_each_kind(tmp_path, layouts):
     report = json.loads((out / "report.json").read_text())
     assert {t["kind"] for t in report["troubles"]} == KINDS
     assert report["difference"] == 0 or layouts
+    assert report["losses_first"] < 1e-5
     assert "| shard server | 1 |" in (out / "table.md").read_text()
