@@ -29,9 +29,12 @@ for kind in (AutoModel, AutoModelForMaskedLM):
     model = kind.from_pretrained(folder, trust_remote_code=True, dtype=dtype).eval()
     assert type(model).__module__.startswith("transformers_modules"), type(model)
     assert all(p.dtype == dtype for p in model.parameters())
+    for p in model.parameters():
+        p.data = p.data.clone()  # transformers may leave it where the file is mapped, at an address that MKL adds up differently from
     with torch.no_grad():
         logits = model(case["ids"], order=case["order"]).logits
-    assert torch.equal(logits.gather(1, case["order"][..., None].expand_as(logits)), case["logits"])
+    found = logits.gather(1, case["order"][..., None].expand_as(logits))
+    assert torch.equal(found, case["logits"]), (found[..., :-1] - case["logits"][..., :-1]).abs().max()
 model.save_pretrained(sys.argv[4])
 if sys.argv[5] == "tokens":
     tokenizer = AutoTokenizer.from_pretrained(folder)
