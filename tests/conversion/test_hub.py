@@ -30,7 +30,7 @@ for kind in (AutoModel, AutoModelForMaskedLM):
     assert type(model).__module__.startswith("transformers_modules"), type(model)
     assert all(p.dtype == dtype for p in model.parameters())
     for p in model.parameters():
-        p.data = p.data.clone()  # transformers may leave it where the file is mapped, at an address that MKL adds up differently from
+        p.data = p.data.clone()  # transformers may leave it where the file is mapped; MKL adds by alignment
     with torch.no_grad():
         logits = model(case["ids"], order=case["order"]).logits
     found = logits.gather(1, case["order"][..., None].expand_as(logits))
