@@ -1,6 +1,6 @@
 """Speed of `esolm data prepare` against the bare tokenizer libraries, on the same text, merges and cores, in one run.
 
-    python tools/benchmark_prepare.py [--text FOLDER ...] [--megabytes 160] [--tokenizer FOLDER] [--processes 1 2]
+    python tools/benchmark_prepare.py [--text FOLDER ...] [--megabytes 480] [--tokenizer FOLDER] [--processes 1 2]
                                       [--rounds 2] [--json OUT]
 
 The bare libraries get the documents as `str` that are already in memory, and keep nothing; `prepare` reads a jsonl file
@@ -25,9 +25,6 @@ import sysconfig
 import tempfile
 import time
 from pathlib import Path
-
-from rich.console import Console
-from rich.table import Table
 
 BAR = 0.9
 ENGINES = ("tiktoken", "tokenizers", "prepare")
@@ -153,10 +150,13 @@ def start_up(jsonl: Path, args: argparse.Namespace) -> dict[int, tuple[float, fl
 
 
 def main() -> int:
+    from rich.console import Console  # not above: the processes that are measured import this file
+    from rich.table import Table
+
     grammar = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     paths = sysconfig.get_paths()
     grammar.add_argument("--text", nargs="+", default=[paths["stdlib"], paths["purelib"]], metavar="FOLDER")
-    grammar.add_argument("--megabytes", type=float, default=160)
+    grammar.add_argument("--megabytes", type=float, default=480)
     grammar.add_argument(
         "--tokenizer", default=None, metavar="FOLDER", help="default: one learnt from 4 MB of the text"
     )

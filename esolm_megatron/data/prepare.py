@@ -233,7 +233,8 @@ def _identity(config: PrepareConfig, fingerprint: str, work: list[Task]) -> dict
     files = len({p.path for task in work for p in task.pieces if config.inputs[p.entry] != STDIN})
     size = sum(p.bytes for task in work for p in task.pieces if config.inputs[p.entry] != STDIN)
     inputs = f"{files} files, {size} bytes, digest {digest}"
-    return {**tree, "format_version": FORMAT_VERSION, "inputs": inputs, "tokenizer": fingerprint[:16]}
+    fixed = {"format_version": FORMAT_VERSION, "document_hash": tasks.DOCUMENT_HASH}
+    return {**tree, **fixed, "inputs": inputs, "tokenizer": fingerprint[:16]}
 
 
 def _check_identity(folder: Path, old: dict[str, Any], identity: dict[str, Any]) -> None:

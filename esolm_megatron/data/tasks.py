@@ -6,7 +6,6 @@ whole, so a process may be killed at any moment.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import zlib
 from collections import Counter
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from xxhash import xxh3_64_intdigest
 
 from esolm_megatron.data.inputs import Meter, Piece, read_documents
 from esolm_megatron.data.order import permutation
@@ -24,7 +24,9 @@ from esolm_megatron.data.tokenizer import Encoder
 from esolm_megatron.errors import DataError
 
 REASONS = ("unreadable", "too_short", "too_long", "duplicate")
-SCAN_DTYPE = np.dtype([("hash", "<u8"), ("crc", "<u4")])
+SCAN_DTYPE = np.dtype("<u8")
+"""Of the hashes of documents."""
+DOCUMENT_HASH = "xxh3_64"
 
 _BATCH_BYTES = 1 << 18
 _HASHES_AT_ONCE = 1 << 25
@@ -108,7 +110,7 @@ def scan(task: Task, advance: Advance, rules: Rules, folder: Path) -> None:
     """Write the hash of each document of a task."""
     rows, place = [], Meter()
     for _, _, data in _documents(task, rules, {}, place):
-        rows.append((_hash(data), zlib.crc32(data)))
+        rows.append(xxh3_64_intdigest(data))
         if len(rows) % _ADVANCE_DOCUMENTS == 0:
             advance(place.done)
     write_durably(scan_path(folder, task), npy_bytes(np.array(rows, SCAN_DTYPE)))
@@ -125,7 +127,7 @@ def mark_duplicates(folder: Path, tasks: list[Task], at_once: int = _HASHES_AT_O
     for part in range(parts):
         hashes, places = [], []
         for task, first in zip(tasks, firsts[:-1], strict=True):
-            found = np.load(scan_path(folder, task), allow_pickle=False)["hash"]
+            found = np.load(scan_path(folder, task), allow_pickle=False)
             mine = np.flatnonzero(found % np.uint64(parts) == part)
             hashes.append(found[mine])
             places.append(mine + first)
@@ -175,10 +177,6 @@ def token_dtype(encoder: Encoder) -> np.dtype:
     return np.dtype("<u2" if encoder.vocab_size < 1 << 16 else "<u4")
 
 
-def _hash(data: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-
-
 def _documents(task: Task, rules: Rules, counts: Counts, place: Meter) -> Iterator[tuple[int, str, bytes]]:
     """Entry, text and UTF-8 bytes of the documents of a task that are readable and neither too short nor too long."""
     r, none = rules, float("inf")
@@ -215,15 +213,15 @@ def _kept(task: Task, rules: Rules, folder: Path, counts: Counts, place: Meter) 
             count = counts[entry]
             count["kept"] += 1
             count["text_bytes"] += len(data)
-            yield Document(text, len(data), _hash(data))
+            yield Document(text, len(data), xxh3_64_intdigest(data))
         return
-    rows = np.load(scan_path(folder, task), allow_pickle=False)
+    hashes = np.load(scan_path(folder, task), allow_pickle=False).tolist()
     duplicate = np.load(_duplicate_path(folder, task), allow_pickle=False)
-    hashes, crcs, index = rows["hash"].copy(), rows["crc"].copy(), 0
-    same = True
+    index, same = 0, True
     for entry, text, data in _documents(task, rules, counts, place):
         count = counts[entry]
-        same = index < len(rows) and zlib.crc32(data) == crcs[index]
+        hashed = xxh3_64_intdigest(data)
+        same = index < len(hashes) and hashed == hashes[index]
         if not same:
             break
         if duplicate[index]:
@@ -231,9 +229,9 @@ def _kept(task: Task, rules: Rules, folder: Path, counts: Counts, place: Meter) 
         else:
             count["kept"] += 1
             count["text_bytes"] += len(data)
-            yield Document(text, len(data), int(hashes[index]))
+            yield Document(text, len(data), hashed)
         index += 1
-    if not same or index < len(rows):
+    if not same or index < len(hashes):
         names = ", ".join(sorted({piece.path for piece in task.pieces})[:3])
         raise DataError(f"{names}: changed while they were prepared; delete the output and start again")
 

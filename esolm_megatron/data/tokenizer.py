@@ -77,8 +77,9 @@ class Tokenizer:
 
         self._definition = {**definition, "truncation": None, "padding": None}
         canonical = json.dumps(self._definition, sort_keys=True, separators=(",", ":"))
+        self._canonical = canonical.encode()
         named = "" if end_of_text == EOS else f"\n{end_of_text}"
-        self.fingerprint: str = hashlib.sha256((canonical + named).encode()).hexdigest()
+        self.fingerprint: str = hashlib.sha256(self._canonical + named.encode()).hexdigest()
         try:
             self._engine = Engine.from_str(canonical)
         except Exception as error:  # the library raises plain Exception
@@ -130,7 +131,7 @@ class Tokenizer:
         """Path of the tokenizer.json written into `folder`; loading it gives the same fingerprint."""
         path = Path(folder) / "tokenizer.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self._definition, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.write_bytes(self._canonical + b"\n")
         if self._end_of_text != EOS:
             names = json.dumps({"eos_token": self._end_of_text}, ensure_ascii=False)
             path.with_name("tokenizer_config.json").write_text(names + "\n", encoding="utf-8")

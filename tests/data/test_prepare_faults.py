@@ -79,7 +79,7 @@ def wait_until(true, process, seconds=60):
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path, start):
     """SIGKILL to its main process alone, or to all, at any moment; the next one starts at once beside what dies."""
     text, options, draw = tmp_path / "text.jsonl", {"task_bytes": 40_009, "num_processes": 2}, random.Random(5)
-    write_documents(text, 40_009)
+    write_documents(text, 80_021)
     prepare(small_config(text, tmp_path / "whole", task_bytes=40_009), progress=False)
     folder, kills = tmp_path / "killed", 0
     for number in range(40):
@@ -261,11 +261,9 @@ def test_duplicates_are_marked_alike_however_many_are_compared_at_once(tmp_path,
     draw, seen = np.random.default_rng(1), set()
     (tmp_path / "work").mkdir()
     tasks = [Task(number, ()) for number in range(5)]
-    hashes = [draw.integers(0, 60, count).astype("<u8") for count in (17, 0, 31, 1, 50)]
+    hashes = [draw.integers(0, 60, count).astype(SCAN_DTYPE) for count in (17, 0, 31, 1, 50)]
     for task, values in zip(tasks, hashes, strict=True):
-        rows = np.zeros(len(values), SCAN_DTYPE)
-        rows["hash"] = values
-        np.save(scan_path(tmp_path, task), rows)
+        np.save(scan_path(tmp_path, task), values)
     mark_duplicates(tmp_path, tasks, at_once)
     for task, values in zip(tasks, hashes, strict=True):
         marks = np.load(tmp_path / "work" / f"duplicate-{task.number:05d}.npy")
