@@ -131,7 +131,8 @@ class Sampler:
         at = torch.from_numpy(rows).to(self.fed.device), torch.from_numpy(places).to(self.fed.device)
         tokens, positions = (x[at].cpu().numpy() for x in (self.fed, self.order))
         if stopping:
-            self._stop(rows, positions, tokens)
+            for row in self.ended(rows, positions, tokens, self.decoder.known):
+                self.decoder.remove(row)
         done = [row for row in before.tolist() if row not in self.decoder.rows]
         return Filled(rows, positions, tokens, done)
 
@@ -148,20 +149,31 @@ class Sampler:
             tokens[mine], self.log_probs[at] = draw_tokens(logits[mine], self.raw[at], kind, held)
         return tokens
 
-    def _stop(self, rows: NDArray[np.int64], positions: NDArray[np.int64], tokens: NDArray[np.int64]) -> None:
-        """End the rows whose places before the first end-of-text are all filled: what is left would be cut off."""
+    def ended(
+        self,
+        rows: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        tokens: NDArray[np.int64],
+        known: NDArray[np.int64],
+    ) -> list[int]:
+        """The rows with places left whose places before the first end-of-text are all filled: the others are cut off.
+
+        rows, positions, tokens: (M,), what a pass has filled. known: (R,) places that hold tokens. The places left get
+        end-of-text.
+        """
+        found = []
         stop_ids = np.array([self.plans[row].stop_id if self.plans[row].stop_id is not None else -1 for row in rows])
         ends = tokens == stop_ids
         np.minimum.at(self.ended_at, rows[ends], positions[ends])
         for row in {row for row in rows.tolist() if self.ended_at[row] < self.fed.shape[1]}:
-            plan, known = self.plans[row], int(self.decoder.known[row])
-            left = plan.order[known:]
-            if (left > self.ended_at[row]).all():
+            plan = self.plans[row]
+            left = plan.order[known[row] :]
+            if len(left) and (left > self.ended_at[row]).all():
                 assert plan.stop_id is not None
-                self.fed[row, known : len(plan.order)] = plan.stop_id
+                self.fed[row, known[row] : len(plan.order)] = plan.stop_id
                 self.saved[row] = len(left)
-                if len(left):
-                    self.decoder.remove(row)
+                found.append(row)
+        return found
 
 
 @torch.inference_mode()
@@ -213,11 +225,12 @@ def sample(
     sampler, count = Sampler(model, num_samples, length), 0
     for plan in plans:
         sampler.add(plan)
-    _check_proposals(propose, passes, schedule, draw, stop_id)
+    _check_proposals(propose, passes, schedule, draw)
     if propose > 1:
         count = decode_verified(
             model, sampler.fed, sampler.order, sampler.log_probs, num_given=len(plans[0].given), propose=propose,
             passes=passes, draw=draw, key=(seed,), first_row=first_row, watch=watch,
+            ended=None if stop_id is None else sampler.ended,
         )  # fmt: skip
     while propose == 1 and sampler.busy:
         filled = sampler.step(watched=watch is not None)
@@ -237,7 +250,7 @@ def sample(
     )
 
 
-def _check_proposals(propose: int, passes: int, schedule: Schedule, draw: Draw, stop_id: int | None) -> None:
+def _check_proposals(propose: int, passes: int, schedule: Schedule, draw: Draw) -> None:
     if propose < 1 or passes not in (1, 2):
         raise ValueError(f"propose = {propose}, passes = {passes}: propose at least 1 token, verified in 1 or 2 passes")
     if propose == 1:
@@ -247,8 +260,8 @@ def _check_proposals(propose: int, passes: int, schedule: Schedule, draw: Draw, 
             f"schedule = {schedule!r}: verified proposals have the distribution of one token a pass; use "
             "schedule='first_hitting', or propose=1"
         )
-    if draw.repetition_penalty != 1 or stop_id is not None:
-        raise ValueError(f"propose = {propose}: cannot be combined with repetition_penalty and stop_id; use propose=1")
+    if draw.repetition_penalty != 1:
+        raise ValueError(f"propose = {propose}: cannot be combined with repetition_penalty; use propose=1")
 
 
 def _wide(model: EsoLM) -> torch.dtype:

@@ -31,6 +31,8 @@ from esolm_megatron.model.products import FastProducts
 from esolm_megatron.model.transformer import EsoLM
 from esolm_megatron.objective.noise import uniforms, words
 
+_Made = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
+
 
 @dataclass
 class _Row:
@@ -57,18 +59,21 @@ def decode_verified(
     draw: Draw,
     key: tuple[int | str, ...],
     first_row: int = 0,
-    watch: Callable[[int, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]], None] | None = None,
+    watch: Callable[[int, *_Made], None] | None = None,
+    ended: Callable[[*_Made, NDArray[np.int64]], list[int]] | None = None,
 ) -> int:
     """Fill `fed` (B, L) in place, in the generation order, and `log_probs` (B, L) beside it; returns the passes.
 
     Each token has exactly the distribution that one token a pass would give it. propose: k, tokens proposed at once,
-    the certain one included. key: with the row and the pass it names the random numbers. See `sample` for the rest.
+    the certain one included. key: with the row and the pass it names the random numbers. watch, ended: told after each
+    pass which rows, positions and tokens it made certain; `ended`, also told how many places of each row are certain (B,),
+    names the rows that end before they are full. See `sample` for the rest.
     """
     length, device = fed.shape[1], fed.device
     cache = KVCache(model.shape, len(fed), length + propose * (propose + 1), model.embedding.weight.dtype, device)
     products = FastProducts(model)
     rows = [_Row(i, num_given) for i in range(len(fed)) if num_given < length]
-    count = 0
+    count, known = 0, np.full(len(fed), num_given)
     while rows:
         for row in rows:
             row.width = propose if passes == 1 or not row.proposals else 1
@@ -79,12 +84,18 @@ def decode_verified(
             raw = words(2 * propose + 2, *key, "verified", first_row + row.id, count)
             made.append(_advance(row, fed, log_probs, logits, exact[at : at + len(first)], first, draw, raw))
             at += len(first)
-        if watch is not None:
+        over = {row.id for row in rows if row.known == length}
+        if watch is not None or ended is not None:
             where = [np.concatenate(x) for x in zip(*made, strict=True)]
             index = tuple(torch.from_numpy(x).to(device) for x in where)
-            watch(count, where[0], order[index].cpu().numpy(), fed[index].cpu().numpy())
+            news = where[0], order[index].cpu().numpy(), fed[index].cpu().numpy()
+            if watch is not None:
+                watch(count, *news)
+            if ended is not None:
+                known[[row.id for row in rows]] = [row.known for row in rows]
+                over.update(ended(*news, known))
         for slot, row in reversed(list(enumerate(rows))):
-            if row.known == length:
+            if row.id in over:
                 if slot != len(rows) - 1:
                     cache.move(len(rows) - 1, slot, rows[-1].cached)
                     rows[slot] = rows[-1]

@@ -132,10 +132,13 @@ def test_rows_come_and_go():
 # ------------------------------------------------------------------------------------------------------- early stops
 
 
-@pytest.mark.parametrize("kind", KINDS)
+PROPOSED = {f"proposed-{n}": {"schedule": "first_hitting", "propose": 3, "passes": n} for n in (1, 2)}
+
+
+@pytest.mark.parametrize("kind", {**KINDS, **PROPOSED})
 def test_stopped_rows_are_full_rows_cut_at_end_of_text(kind):
     model = random_model()
-    options = {"alpha_0": 0.5, "steps": 6, "seed": 3, **KINDS[kind], "prompt": torch.tensor([7]), "own_schedules": True}
+    options = {"alpha_0": 0.5, "steps": 6, "seed": 3, **{**KINDS, **PROPOSED}[kind], "prompt": torch.tensor([7]), "own_schedules": True}
     stop = 5
     whole = sample(model, 4, 13, **options)
     cut = sample(model, 4, 13, **options, stop_id=stop)
@@ -144,8 +147,20 @@ def test_stopped_rows_are_full_rows_cut_at_end_of_text(kind):
         assert torch.equal(whole[0][row, : ends[0] + 1], cut[0][row, : ends[0] + 1])
         same = cut[0][row] == whole[0][row]
         assert (same | (cut[0][row] == stop)).all()
-        assert int(((cut[1][row] == 0) & (torch.arange(13) > 0)).sum()) == cut.saved[row]
+        left_out = (cut[1][row] == 0) & (torch.arange(13) > 0)
+        assert int(left_out.sum()) == cut.saved[row]
+        assert (cut[0][row][left_out] == stop).all()
     assert cut.num_forward_passes <= whole.num_forward_passes
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_stop_saves_work_of_verified_proposals(passes):
+    model = random_model()
+    options = {"alpha_0": 0.5, "steps": 6, "seed": 3, "schedule": "first_hitting", "propose": 3, "passes": passes}
+    whole, cut = (sample(model, 16, 13, **options, stop_id=stop) for stop in (None, 5))
+    assert cut.saved.sum() > 20
+    assert torch.equal((cut[1] == 0).sum(1), cut.saved)
+    assert torch.equal(cut[0][cut.saved == 0], whole[0][cut.saved == 0])
 
 
 def test_work_that_a_stop_saves_is_counted():
