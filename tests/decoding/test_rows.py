@@ -133,12 +133,20 @@ def test_rows_come_and_go():
 
 
 PROPOSED = {f"proposed-{n}": {"schedule": "first_hitting", "propose": 3, "passes": n} for n in (1, 2)}
+STOPPED = {**KINDS, **PROPOSED}
 
 
-@pytest.mark.parametrize("kind", {**KINDS, **PROPOSED})
+@pytest.mark.parametrize("kind", STOPPED)
 def test_stopped_rows_are_full_rows_cut_at_end_of_text(kind):
     model = random_model()
-    options = {"alpha_0": 0.5, "steps": 6, "seed": 3, **{**KINDS, **PROPOSED}[kind], "prompt": torch.tensor([7]), "own_schedules": True}
+    options = {
+        "alpha_0": 0.5,
+        "steps": 6,
+        "seed": 3,
+        **STOPPED[kind],
+        "prompt": torch.tensor([7]),
+        "own_schedules": True,
+    }
     stop = 5
     whole = sample(model, 4, 13, **options)
     cut = sample(model, 4, 13, **options, stop_id=stop)
