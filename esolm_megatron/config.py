@@ -16,10 +16,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
+from esolm_megatron.config_sections import DataConfig, GuardConfig, WatchdogConfig, data_problems
 from esolm_megatron.errors import ConfigError, UserError  # noqa: F401 - callers of a Config look for both here
 from esolm_megatron.legal import layout_problems, world_problems  # noqa: F401 - callers of a Config ask here
 from esolm_megatron.section import Section
-from esolm_megatron.sections import DataConfig, GuardConfig, WatchdogConfig, data_problems
 
 
 class ModelConfig(Section):

@@ -19,7 +19,7 @@ LINES_PER_FILE = 500
 CODE_LINES = {
     "the core": (
         5200,
-        "model objective parallel train checkpoint boxes tensorfile config legal sections section errors topology",
+        "model objective parallel train checkpoint boxes tensorfile config legal config_sections section errors topology",
     ),
     "data": (2850, "data"),
     "inference": (1600, "decoding sample inference huggingface evaluate score serve replay"),

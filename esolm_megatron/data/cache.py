@@ -23,10 +23,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from esolm_megatron.config_sections import DataConfig, is_remote
 from esolm_megatron.data.remote import Cancelled, Remote
 from esolm_megatron.data.shards import Folder, LocalTrouble, ShardCorrupt, ShardDamage, ShardEntry, ShardMissing
 from esolm_megatron.errors import DataError
-from esolm_megatron.sections import DataConfig, is_remote
 
 _POLL_S = 0.02
 _KEPT_FOR_S = 6 * 3600.0

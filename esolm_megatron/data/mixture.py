@@ -19,7 +19,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from esolm_megatron.config import ConfigError
-from esolm_megatron.sections import DataConfig, SourceConfig
+from esolm_megatron.config_sections import DataConfig, SourceConfig
 
 LONGEST_PATTERN = 100_000
 ONLY_SOURCE = "data"

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
+from esolm_megatron.config_sections import DataConfig
 from esolm_megatron.data.cache import CachedFolder, open_folder
 from esolm_megatron.data.identity import summary
 from esolm_megatron.data.mixture import Mixture, pattern, phases_of, sources_of
 from esolm_megatron.data.order import Order, permutation
 from esolm_megatron.data.prefetch import Prefetch
 from esolm_megatron.data.shards import DataError, ShardDamage, ShardEntry, ShardReader
-from esolm_megatron.sections import DataConfig
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from esolm_megatron.config import ConfigError
-from esolm_megatron.sections import Section
+from esolm_megatron.config_sections import Section
 
 
 class ClusterConfig(Section):

@@ -10,12 +10,12 @@ import yaml
 from small_corpora import small_config, write_documents
 
 from esolm_megatron.config import ConfigError, check
+from esolm_megatron.config_sections import DataConfig
 from esolm_megatron.data.identity import changes
 from esolm_megatron.data.mixture import Mixture, Pattern, first_difference, phases_of, sources_of
 from esolm_megatron.data.prepare import prepare
 from esolm_megatron.data.shards import DataError
 from esolm_megatron.data.stream import TokenStream, ValidationSet
-from esolm_megatron.sections import DataConfig
 
 B = 12
 

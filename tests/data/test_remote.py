@@ -18,11 +18,11 @@ import pytest
 from shard_server import serving
 from small_corpora import small_config
 
+from esolm_megatron.config_sections import DataConfig
 from esolm_megatron.data import remote
 from esolm_megatron.data.prepare import prepare
 from esolm_megatron.data.shards import DataError, LocalTrouble, ShardCorrupt, ShardMissing, ShardReader
 from esolm_megatron.data.stream import TokenStream
-from esolm_megatron.sections import DataConfig
 
 
 @pytest.fixture(autouse=True)
@@ -300,7 +300,7 @@ import sys
 from esolm_megatron.data import remote
 from esolm_megatron.data.prepare import prepare
 from esolm_megatron.data.stream import TokenStream
-from esolm_megatron.sections import DataConfig
+from esolm_megatron.config_sections import DataConfig
 remote._FIRST_WAIT_S = 0.01
 config = DataConfig(path=sys.argv[1], cache_dir=sys.argv[2], num_lanes=3, shuffle_window=5, timeout_s=20)
 data = TokenStream(config, seq_length=37, global_batch_size=12, seed=5, data_rank=int(sys.argv[3]), data_size=4)

@@ -49,8 +49,11 @@ def test_a_program_with_threads_and_without_a_guard_is_not_run_again(tmp_path):
 @pytest.mark.parametrize(
     ("module", "left_out"),
     [
-        ("workers", "torch pydantic yaml rich tokenizers tiktoken esolm_megatron.config esolm_megatron.sections"),
-        ("prepare", "torch yaml rich tokenizers tiktoken esolm_megatron.config esolm_megatron.sections"),
+        (
+            "workers",
+            "torch pydantic yaml rich tokenizers tiktoken esolm_megatron.config esolm_megatron.config_sections",
+        ),
+        ("prepare", "torch yaml rich tokenizers tiktoken esolm_megatron.config esolm_megatron.config_sections"),
     ],
 )
 def test_what_starts_often_imports_little(module, left_out):
