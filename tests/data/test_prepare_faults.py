@@ -281,3 +281,7 @@ def test_an_older_folder_is_continued_where_the_new_options_have_their_defaults(
     prepare(small_config(documents[0], folder), progress=False)
     with pytest.raises(ConfigError, match="min_document_bytes: was 1, now 2"):
         prepare(small_config(documents[0], folder, min_document_bytes=2), progress=False)
+    del tree["document_hash"]  # of before xxh3: other documents would validate
+    (folder / "prepare.json").write_text(json.dumps(tree))
+    with pytest.raises(ConfigError, match="document_hash: was None, now 'xxh3_64'; choose another folder"):
+        prepare(small_config(documents[0], folder), progress=False)

@@ -37,9 +37,7 @@ def test_a_wrong_kernel_is_noticed(monkeypatch, wrong):
 
 
 class Operators(TorchDispatchMode):
-    """How often each operator runs, and the elements that zeros and copies of gradients fill."""
-
-    """Counts the operators that are called, and the bytes of what they make: tensors in memory that none of them was given."""
+    """How often each operator runs in a step, and the bytes of what they make, views of what they were given left out."""
 
     def __init__(self, model, tokens):
         super().__init__()
