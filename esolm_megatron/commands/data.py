@@ -9,7 +9,7 @@ from pydantic import Field
 from rich.console import Console
 
 from esolm_megatron.commands import options, show
-from esolm_megatron.config import Section
+from esolm_megatron.config import ConfigError, Section
 
 
 def run(args: argparse.Namespace) -> int:
@@ -101,6 +101,8 @@ def _data_corpus(args: argparse.Namespace) -> int:
     class CorpusOptions(Section):
         max_bytes: int | None = None
 
+    if args.path.startswith("output="):  # as the actions beside this one have it; it would be the folder's name
+        raise ConfigError(f"{args.path}: give the folder alone: esolm data corpus {args.path.removeprefix('output=')}")
     size = write_corpus(args.path, options(CorpusOptions, args.overrides).max_bytes)
     show(f"{args.path}: {size:,} bytes of text", lambda: {"folder": args.path, "bytes": size}, args.json)
     return 0

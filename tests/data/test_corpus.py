@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from esolm_megatron.cli import main
 from esolm_megatron.config import ConfigError
 from esolm_megatron.data.corpus import python_library_documents, write_corpus
 
@@ -25,3 +26,10 @@ def test_corpus_keeps_to_its_size_and_spreads_over_the_library(tmp_path):
     assert all(texts[line["name"]] == line["text"] for line in lines)
     with pytest.raises(ConfigError, match="max_bytes = 1"):
         write_corpus(tmp_path, 1)
+
+
+def test_a_word_for_the_folder_is_not_its_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", "corpus", "output=text"]) == 2
+    assert "output=text: give the folder alone: esolm data corpus text" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
