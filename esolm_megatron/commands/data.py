@@ -86,12 +86,8 @@ def _data_train_tokenizer(args: argparse.Namespace) -> int:
         for document in read_documents(piece, chosen.text_field)
         if document is not None
     )
-    tokenizer = train_tokenizer(texts, chosen.vocab_size, chosen.output)
-    show(
-        f"{chosen.output}: {tokenizer.vocab_size} tokens",
-        lambda: {"folder": chosen.output, "vocab_size": tokenizer.vocab_size},
-        args.json,
-    )
+    size = train_tokenizer(texts, chosen.vocab_size, chosen.output).vocab_size
+    show(f"{chosen.output}: {size} tokens", lambda: {"folder": chosen.output, "vocab_size": size}, args.json)
     return 0
 
 
