@@ -5,7 +5,6 @@ Memory is an estimate, meant to be somewhat high: the largest layout of a micro-
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,13 +15,12 @@ from rich.text import Text
 
 from esolm_megatron.config import Config, ConfigError, ModelConfig, with_values, world_problems
 from esolm_megatron.model.size import (
-    CAPACITY_MULTIPLE,
     KEPT_CHUNKS,
     LOGITS_PER_CHUNK,
     flops_per_step,
     layers_of_stages,
-    mask_capacity,
     num_parameters,
+    run_capacity,
     stage_parameters,
 )
 from esolm_megatron.topology import Topology, layers_of_chunk, padded_vocab
@@ -234,13 +232,8 @@ def _mask_places(config: Config) -> int:
     """Tokens in the mask streams of a micro-batch."""
     diffusion, sequential = _rows(config)
     length, objective = config.model.seq_length, config.objective
-    places = sequential * mask_capacity(length, objective.alpha_0, _capacity_multiple(config))
+    places = sequential * run_capacity(config)
     return places + (diffusion * length if objective.diffusion_loss == "any_order" else 0)
-
-
-def _capacity_multiple(config: Config) -> int:
-    p = config.parallel
-    return math.lcm(CAPACITY_MULTIPLE, p.context_size * (p.tensor_size if p.sequence_parallel else 1))
 
 
 def _rows(config: Config) -> tuple[int, int]:

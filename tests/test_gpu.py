@@ -7,15 +7,15 @@ from truth import MODERN, make_config, plain_loss, plain_model, share_of_step
 from esolm_megatron.decoding.decoder import Decoder
 from esolm_megatron.decoding.plan import plan_rows
 from esolm_megatron.decoding.recorded import RECORD_AT
-from esolm_megatron.model import flash
-from esolm_megatron.model.attention import mask_stream_attention
+from esolm_megatron.model import flash, kernels
+from esolm_megatron.model.attention import PackedAttention, PackedLayout, mask_stream_attention
 from esolm_megatron.model.layers import PlainLinears
 from esolm_megatron.model.transformer import EsoLM
 from esolm_megatron.objective.esolm import part_sums
 from esolm_megatron.sample import sample, schedule_log_probs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-WIDE = MODERN | {"hidden_size": 192, "num_heads": 6, "num_kv_heads": 2, "seq_length": 256, "vocab_size": 1001}
+WIDE = MODERN | {"hidden_size": 192, "num_heads": 6, "num_kv_heads": 2, "seq_length": 128, "vocab_size": 1001}
 
 
 @pytest.mark.parametrize(("capacity", "length"), [(192, 512), (512, 512), (1, 64)])
@@ -35,7 +35,28 @@ def test_mask_stream_in_bf16_is_the_fp32_one(capacity, length):
 def test_some_flash_library_is_right_here():
     device = torch.device("cuda")
     assert "flash" in flash.choose(device)
-    assert flash.error_of(device) < 0.02
+    assert flash.error_of(kernels.CHOSEN.default, device) < 0.02
+
+
+def test_what_is_fastest_for_a_call_is_found_and_right(tmp_path, monkeypatch):
+    """cuDNN among the candidates, with merged sums and few heads of keys; what is chosen gives the mask stream's numbers."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    device, layout = torch.device("cuda"), PackedLayout(512, 1, ((2, 192),))
+    flash.choose(device)
+    calls = flash.padded_calls(layout, 4, 2, 64)
+    times = flash.time_calls(calls, torch.bfloat16, device)
+    assert all(len(found) == 2 for found in times.values()), times
+    flash.use(times, calls)
+    generator = torch.Generator().manual_seed(0)
+    *exact, grad = (torch.randn(layout.num_tokens, n, 64, generator=generator).bfloat16() for n in (4, 2, 2, 4))
+
+    def results(device, dtype):
+        given = [x.to(device, dtype).requires_grad_() for x in exact]
+        out = PackedAttention(layout)(0, *given)
+        return [x.float().cpu() for x in (out, *torch.autograd.grad(out, given, grad.to(device, dtype)))]
+
+    for a, b in zip(results("cuda", torch.bfloat16), results("cpu", torch.float32), strict=True):
+        assert (a - b).norm() < 0.01 * b.norm()
 
 
 @pytest.mark.parametrize("alpha_0", [0.0, 0.25, 1.0])
@@ -99,9 +120,7 @@ def test_recorded_passes_give_what_launched_ones_give(dtype, tolerance):
         torch.testing.assert_close(found[1][at], logit, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize(
-    ("precision", "cuda_graphs"), [("fp32", None), ("fp32", False), ("bf16", None), ("bf16", False), ("bf16", True)]
-)
+@pytest.mark.parametrize(("precision", "cuda_graphs"), [("fp32", None), ("bf16", False), ("bf16", True)])
 def test_training_steps_lower_the_loss(precision, cuda_graphs):
     """None: blocks that are not compiled."""
     pytest.importorskip("megatron.core")

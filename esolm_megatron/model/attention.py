@@ -27,7 +27,7 @@ calls, on runs of tokens of varying length, laid end to end.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
@@ -37,18 +37,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-aten = torch.ops.aten
-
-
-@dataclass
-class Kernels:
-    """What the flash kernels of a GPU can do; set once, by model/flash.py."""
-
-    shared_heads: bool = True
-    """They take fewer heads of keys and values than of queries."""
-
-
-KERNELS = Kernels()
+from esolm_megatron.model.kernels import Runs, flash_backward, flash_forward, for_keys, for_queries, laid_out_as
 
 
 @dataclass(frozen=True)
@@ -71,30 +60,6 @@ class PackedLayout:
     def num_tokens(self) -> int:
         """Tokens in the packed row."""
         return self.num_causal_rows * self.seq_length + sum(rows * capacity for rows, capacity in self.groups)
-
-
-@dataclass(frozen=True)
-class Runs:
-    """Runs of queries, each with its own run of keys, laid end to end.
-
-    query_sizes, key_sizes: tokens in each, on the host. query_ends, key_ends: (runs + 1,) int32, their running sums from 0.
-    """
-
-    query_sizes: tuple[int, ...]
-    key_sizes: tuple[int, ...]
-    query_ends: Tensor
-    key_ends: Tensor
-
-    @classmethod
-    def of(cls, query_sizes: NDArray[np.int64], key_sizes: NDArray[np.int64]) -> Runs:
-        """Runs of these sizes, none of which may be 0."""
-        ends = [torch.from_numpy(np.cumsum([0, *x]).astype(np.int32)) for x in (query_sizes, key_sizes)]
-        return cls(tuple(query_sizes.tolist()), tuple(key_sizes.tolist()), *ends)
-
-    def split(self, queries: Sequence[Tensor], keys: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-        """For each run, its piece of each tensor along dimension 2."""
-        pieces = [x.split(self.query_sizes, 2) for x in queries] + [x.split(self.key_sizes, 2) for x in keys]
-        return zip(*pieces, strict=True)
 
 
 @dataclass(frozen=True)
@@ -243,7 +208,7 @@ class _Packed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *sums = ctx.saved_tensors
-        calls, grad, scale = ctx.calls, grad.contiguous(), 1 / math.sqrt(q.shape[-1])
+        calls, grad, scale = ctx.calls, laid_out_as(grad, out), 1 / math.sqrt(q.shape[-1])
         g, q_row, k_row, v_row, o = (_by_row(x, calls.causal, calls.rows) for x in (grad, q, k, v, out))
         pieces = [[_flat(x)] for x in flash_backward(g, q_row, k_row, v_row, o, lse, True, scale, calls.runs)]
         for number, stream in enumerate(calls.streams):
@@ -279,18 +244,7 @@ def _joined(pieces: list[Tensor]) -> Tensor:
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention under a causal mask. q (B, N, L, D); k, v (B, G, L, D) -> (B, N, L, D)."""
-    return F.scaled_dot_product_attention(q, _for_queries(k, q), _for_queries(v, q), is_causal=True)
-
-
-def _for_queries(x: Tensor, q: Tensor) -> Tensor:
-    """Keys or values (B, G, K, D) once for each of the queries' heads."""
-    times = q.shape[1] // x.shape[1]
-    return x if times == 1 else x.repeat_interleave(times, dim=1)
-
-
-def _for_keys(gradient: Tensor, k: Tensor) -> Tensor:
-    """A gradient (B, N, K, D) of each query head, summed over those that share a key."""
-    return gradient if gradient.shape[1] == k.shape[1] else gradient.unflatten(1, (k.shape[1], -1)).sum(2)
+    return F.scaled_dot_product_attention(q, for_queries(k, q), for_queries(v, q), is_causal=True)
 
 
 def mask_stream_attention(q: Tensor, k_self: Tensor, v_self: Tensor, k_clean: Tensor, v_clean: Tensor) -> Tensor:
@@ -331,7 +285,7 @@ class _MaskStream(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, merged, total, p_self = ctx.saved_tensors
-        return *_mask_stream_backward(grad.contiguous(), inputs, merged, total, p_self, ctx.parts), None
+        return *_mask_stream_backward(laid_out_as(grad, merged), inputs, merged, total, p_self, ctx.parts), None
 
 
 def _mask_stream_forward(inputs: Sequence[Tensor], parts: tuple[Part, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -341,7 +295,7 @@ def _mask_stream_forward(inputs: Sequence[Tensor], parts: tuple[Part, ...]) -> t
     """
     q, k_self, v_self, k_clean, v_clean = inputs
     scale = 1 / math.sqrt(q.shape[-1])
-    score = (q * _for_queries(k_self, q)).sum(-1, dtype=_wide(q)) * scale
+    score = (q * for_queries(k_self, q)).sum(-1, dtype=_wide(q)) * scale
     total, pieces = score.clone(), []
     for part in parts:
         out, lse = flash_forward(
@@ -350,7 +304,7 @@ def _mask_stream_forward(inputs: Sequence[Tensor], parts: tuple[Part, ...]) -> t
         pieces.append((part.queries, out, lse))
         total[:, :, part.queries] = torch.logaddexp(total[:, :, part.queries], lse)
     p_self = torch.exp(score - total)
-    merged = p_self[..., None] * _for_queries(v_self, q)
+    merged = p_self[..., None] * for_queries(v_self, q)
     for queries, out, lse in pieces:
         share = torch.exp(lse - total[:, :, queries])[..., None]
         if isinstance(queries, slice):
@@ -366,9 +320,9 @@ def _mask_stream_backward(
     """Gradients of the inputs of `_mask_stream_forward`."""
     q, k_self, v_self, k_clean, v_clean = inputs
     scale, wide = 1 / math.sqrt(q.shape[-1]), _wide(q)
-    delta = (grad.to(wide) * (_for_queries(v_self, q).to(wide) - merged.to(wide))).sum(-1)
+    delta = (grad.to(wide) * (for_queries(v_self, q).to(wide) - merged.to(wide))).sum(-1)
     d_score = (p_self * delta * scale)[..., None]
-    dq = d_score * _for_queries(k_self, q)
+    dq = d_score * for_queries(k_self, q)
     dk, dv = torch.zeros_like(k_clean), torch.zeros_like(v_clean)
     for part in parts:
         queries, keys = part.queries, part.keys
@@ -386,104 +340,9 @@ def _mask_stream_backward(
         dq[:, :, queries] += gq
         dk[:, :, keys] += gk
         dv[:, :, keys] += gv
-    own = _for_keys((d_score * q).to(q.dtype), k_self), _for_keys((p_self[..., None] * grad).to(q.dtype), v_self)
+    own = for_keys((d_score * q).to(q.dtype), k_self), for_keys((p_self[..., None] * grad).to(q.dtype), v_self)
     return dq.to(q.dtype), *own, dk, dv
 
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def flash_forward(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, runs: Runs | None = None
-) -> tuple[Tensor, Tensor]:
-    """Attention and its natural log-sum-exp, from the device's flash kernel.
-
-    q (B, N, Q, D); k, v (B, G, K, D); causal only with Q = K. Returns (B, N, Q, D) and (B, N, Q) in fp32 (fp64 for
-    fp64). runs: what is said for Q and K holds inside each run, with B = 1. CUDA kernels exist for bf16 and fp16, and take
-    all runs at once; wider types on a GPU take the plain computation.
-    """
-    kernel = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
-    if not (kernel and KERNELS.shared_heads):
-        k, v = _for_queries(k, q), _for_queries(v, q)
-    if runs is not None and kernel:
-        rows = [x[0].transpose(0, 1) for x in (q, k, v)]
-        out, lse = aten._flash_attention_forward(*rows, *_cuts(runs), 0.0, causal, False, scale=scale)[:2]
-        return out.transpose(0, 1)[None], lse[None]
-    if runs is not None:
-        pieces = [flash_forward(a, b, c, causal, scale) for a, b, c in runs.split([q], [k, v])]
-        out, lse = (torch.cat(x, 2) for x in zip(*pieces, strict=True))
-        return out, lse
-    if not q.is_cuda:
-        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-    if not kernel:
-        weights, lse = _dense_weights(q, k, causal, scale)
-        return weights @ v, lse
-    return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
-
-
-def flash_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    causal: bool,
-    scale: float,
-    runs: Runs | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v through the keys given here, where `out` and `lse` may come from more keys than these."""
-    kernel = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
-    if not (kernel and KERNELS.shared_heads) and q.shape[1] != k.shape[1]:
-        dq, *shared = flash_backward(grad, q, _for_queries(k, q), _for_queries(v, q), out, lse, causal, scale, runs)
-        dk, dv = (_for_keys(x, k) for x in shared)
-        return dq, dk, dv
-    if runs is not None and not kernel:
-        pieces = [
-            flash_backward(g, a, b, c, o, s, causal, scale)
-            for g, a, o, s, b, c in runs.split([grad, q, out, lse], [k, v])
-        ]
-        dq, dk, dv = (torch.cat(x, 2) for x in zip(*pieces, strict=True))
-        return dq, dk, dv
-    if not q.is_cuda:
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, lse.contiguous(), 0.0, causal, scale=scale
-        )
-    if not kernel:
-        scores = _dense_scores(q, k, causal, scale)
-        weights = torch.exp(scores - lse[..., None])
-        d_scores = weights * (grad @ v.transpose(-1, -2) - (grad * out).sum(-1, keepdim=True)) * scale
-        return d_scores @ k, d_scores.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ grad
-    state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # dropout's generator state, unread at dropout 0
-    if runs is not None:
-        rows = [x[0].transpose(0, 1) for x in (grad, q, k, v, out)]
-        gradients = aten._flash_attention_backward(
-            *rows, lse[0].contiguous(), *_cuts(runs), 0.0, causal, state, state, scale=scale
-        )
-        dq, dk, dv = (x.transpose(0, 1)[None] for x in gradients)
-        return dq, dk, dv
-    none = torch.empty(0, dtype=torch.int32, device=q.device)
-    return aten._scaled_dot_product_flash_attention_backward(
-        grad, q, k, v, out, lse.contiguous(), none, none, q.shape[2], k.shape[2], 0.0, causal, state, state,
-        scale=scale,
-    )  # fmt: skip
-
-
-def _cuts(runs: Runs) -> tuple[Tensor, Tensor, int, int]:
-    """What the CUDA kernels want to know of runs."""
-    return runs.query_ends, runs.key_ends, max(runs.query_sizes), max(runs.key_sizes)
-
-
-def _dense_scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
-    scores = (q @ k.transpose(-1, -2)) * scale
-    if causal:
-        above = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(above, float("-inf"))
-    return scores
-
-
-def _dense_weights(q: Tensor, k: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    scores = _dense_scores(q, k, causal, scale)
-    lse = scores.logsumexp(-1)
-    return torch.exp(scores - lse[..., None]), lse

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from esolm_megatron.config import ModelConfig
-from esolm_megatron.model.loss import predicted_losses, wide_product
+from esolm_megatron.model.kernels import wide_product
+from esolm_megatron.model.loss import predicted_losses
 from esolm_megatron.model.products import matmul
 from esolm_megatron.topology import padded_vocab
 

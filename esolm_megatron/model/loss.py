@@ -14,19 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from esolm_megatron.model.kernels import wide_product
 from esolm_megatron.model.size import KEPT_CHUNKS, LOGITS_PER_CHUNK
 
 OverRanks = Callable[[Tensor, Literal["max", "sum"]], Tensor]
 """An (M,) tensor of each tensor rank -> its maximum or sum over the ranks that share the vocabulary."""
-
-
-def wide_product(x: Tensor, matrix: Tensor) -> Tensor:
-    """x @ matrix in fp32 or better: bf16 factors are multiplied into fp32."""
-    if x.dtype not in (torch.bfloat16, torch.float16):
-        return x @ matrix
-    if x.is_cuda:
-        return torch.mm(x, matrix, out_dtype=torch.float32)
-    return x.float() @ matrix.float()
 
 
 def predicted_losses(

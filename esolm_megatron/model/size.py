@@ -77,6 +77,12 @@ def mask_capacity(seq_length: int, alpha_0: float, multiple: int = CAPACITY_MULT
     return min(seq_length, -(-math.ceil(bound) // multiple) * multiple)
 
 
+def run_capacity(config: Config) -> int:
+    """`mask_capacity` of a run: every rank gets as many packed tokens, so they divide over tensor and context ranks."""
+    ranks = config.parallel.tensor_size * config.parallel.context_size
+    return mask_capacity(config.model.seq_length, config.objective.alpha_0, math.lcm(CAPACITY_MULTIPLE, ranks))
+
+
 def masked_share(objective: ObjectiveConfig) -> float:
     """Expected share of a diffusion row's places that carry loss: E[1 - alpha(t)], t uniform in [eps, 1].
 

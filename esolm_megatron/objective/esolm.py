@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from esolm_megatron.config import ObjectiveConfig
+from esolm_megatron.config import Config, ObjectiveConfig
 from esolm_megatron.model.attention import DocumentRuns, PackedAttention, PackedLayout, with_tensors
 from esolm_megatron.model.last import LastBlock
 from esolm_megatron.objective.noise import antithetic_times, elbo_weight, uniforms, words
@@ -347,6 +347,15 @@ def draw_step(
     ]  # fmt: skip
     counts = [float(valid[first].sum()), float(valid[rest].sum())]
     return Noised(batches, torch.tensor(counts, dtype=torch.float64))
+
+
+def micro_batch_layout(config: Config, capacity: int) -> PackedLayout:
+    """The layout of every micro-batch of a run that `draw_step` makes with this capacity."""
+    o, rows, length = config.objective, config.train.micro_batch_size, config.model.seq_length
+    diffusion = round(rows * o.fraction)
+    plain = 0 if o.diffusion_loss == "any_order" else diffusion
+    groups = ((diffusion - plain, length), (rows - diffusion, capacity))
+    return PackedLayout(length, plain, tuple(group for group in groups if group[0]))
 
 
 def draw_validation(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import signal
@@ -21,7 +20,7 @@ from esolm_megatron.config import Config, ConfigError, dump
 from esolm_megatron.data.cache import open_folder
 from esolm_megatron.data.mixture import sources_of
 from esolm_megatron.data.stream import Batch
-from esolm_megatron.model.size import CAPACITY_MULTIPLE, flops_per_step, mask_capacity
+from esolm_megatron.model.size import flops_per_step, run_capacity
 from esolm_megatron.objective.esolm import Noised, document_numbers, draw_step, draw_validation, mean_loss
 from esolm_megatron.parallel.engine import Engine, Staged, StepResult
 from esolm_megatron.parallel.replicas import accusations, compared
@@ -292,10 +291,7 @@ def _set_aside(run_dir: Path, steps: Sequence[int], number: int) -> None:
 def _noising(config: Config, engine: Engine) -> Callable[[Batch, int], Noised]:
     """A function of this rank's batch and the step (from 1) it makes: the batch with the noise of that step."""
     top, t = engine.topology, config.train
-    multiple = math.lcm(
-        CAPACITY_MULTIPLE, top.token_multiple
-    )  # sequence and context parallelism cut the packed row evenly
-    capacity = mask_capacity(config.model.seq_length, config.objective.alpha_0, multiple)
+    capacity = run_capacity(config)
 
     def noised(batch: Batch, step: int) -> Noised:
         return draw_step(

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from cuda_rules import cuda_operators
 from parity import MODERN, random_model
 from test_sample import close
 
@@ -83,6 +84,20 @@ def test_many_passes_have_few_sizes():
         _, decoder = logits_of(model, plans, 300, True)
         assert sum(decoder.recorded.counts.values()) == len(plans[0].ks)
         assert len(decoder.recorded.counts) <= 30
+
+
+def test_a_pass_in_bf16_through_cudas_operators():
+    """At the shapes that a GPU records, with the products that it has."""
+    model = random_model(**MODERN).bfloat16()
+    plans = plan_rows(range(3), 13, mask_id=model.shape.mask_id, steps=4, alpha_0=0.5)
+    plain, _ = logits_of(model, plans, 13, True)
+    with cuda_operators() as calls:
+        ours, _ = logits_of(model, plans, 13, True)
+    assert calls["mm.dtype"] > 0
+    assert ours.keys() == plain.keys()
+    for at, logit in plain.items():
+        assert ours[at].dtype == torch.float32
+        torch.testing.assert_close(ours[at], logit, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("numbers", np.random.default_rng(0).integers(1, 700, (40, 4)).tolist())

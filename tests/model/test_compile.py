@@ -46,7 +46,6 @@ def test_two_graphs_for_all_blocks_and_one_for_the_last(shape):
     assert graphs_of_steps(shape, backend="aot_eager") == [3, 3, 3, 3]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("cuda_graphs", [False, True])
 def test_the_same_with_generated_code(cuda_graphs):
     """On a CPU nothing is recorded, but the last block, which is compiled without, needs its graphs twice."""

@@ -6,7 +6,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from truth import MODERN, REFERENCE, make_config, plain_model, share_of_step
 
-from esolm_megatron.model import attention, flash
+from esolm_megatron.model import flash, kernels
+from esolm_megatron.model.kernels import CpuFlash
 from esolm_megatron.objective.esolm import mean_loss, part_sums
 
 CPU = torch.device("cpu")
@@ -14,26 +15,25 @@ CPU = torch.device("cpu")
 
 def test_a_cpu_has_one_library():
     assert flash.choose(CPU) == "torch's flash attention for CPUs"
-    assert flash.error_of(CPU) < 0.01, "bf16 against fp32"
+    assert flash.error_of(kernels.CHOSEN_ON_CPU, CPU) < 0.01, "bf16 against fp32"
 
 
 @pytest.mark.parametrize("wrong", ["forward", "backward", "nan"])
 def test_a_wrong_kernel_is_noticed(monkeypatch, wrong):
     """Of the mask stream's calls alone, so that a kernel that fails on merged log-sum-exps is found out."""
-    forward, backward = attention.flash_forward, attention.flash_backward
 
-    def bad_forward(q, *rest):
-        out, lse = forward(q, *rest)
-        factor = {"forward": 1.1, "nan": float("nan")}.get(wrong, 1.0)
-        return (out * factor if q.dtype == torch.bfloat16 and q.shape[2] < 128 else out), lse
+    class Bad(CpuFlash):
+        def forward(self, q, *rest):
+            out, lse = super().forward(q, *rest)
+            factor = {"forward": 1.1, "nan": float("nan")}.get(wrong, 1.0)
+            return (out * factor if q.dtype == torch.bfloat16 and q.shape[2] < 128 else out), lse
 
-    def bad_backward(grad, q, *rest):
-        dq, dk, dv = backward(grad, q, *rest)
-        return (dq * 1.2 if wrong == "backward" and q.dtype == torch.bfloat16 and q.shape[2] < 128 else dq), dk, dv
+        def backward(self, grad, q, *rest):
+            dq, dk, dv = super().backward(grad, q, *rest)
+            return (dq * 1.2 if wrong == "backward" and q.dtype == torch.bfloat16 and q.shape[2] < 128 else dq), dk, dv
 
-    monkeypatch.setattr(attention, "flash_forward", bad_forward)
-    monkeypatch.setattr(attention, "flash_backward", bad_backward)
-    assert flash.error_of(CPU) > 0.02
+    monkeypatch.setattr(kernels, "CHOSEN_ON_CPU", Bad())
+    assert flash.error_of(Bad(), CPU) > 0.02
 
 
 class Operators(TorchDispatchMode):
