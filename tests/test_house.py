@@ -18,7 +18,7 @@ ALL = [*MODULES, *sorted((ROOT / "checkpoints_conversion").rglob("*.py"))]
 LINES_PER_FILE = 500
 CODE_LINES = {
     "the core": (
-        5400,
+        5600,
         "model objective parallel train checkpoint boxes tensorfile config legal config_sections section errors topology",
     ),
     "data": (2850, "data"),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -66,6 +66,16 @@ class Runs:
         return self.query_ends, self.key_ends, max(self.query_sizes), max(self.key_sizes)
 
 
+class Mode(NamedTuple):
+    """How a call attends: causal only with as many queries as keys. With runs (B = 1), which only `ragged` kernels see,
+    all of this holds inside each run.
+    """
+
+    causal: bool
+    scale: float
+    runs: Runs | None = None
+
+
 class Kernel(Protocol):
     """One library's attention.
 
@@ -76,22 +86,11 @@ class Kernel(Protocol):
     shared_heads: bool
     ragged: bool
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, runs: Runs | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mode: Mode) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp. runs: only where `ragged`, with B = 1."""
 
     def backward(
-        self,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        causal: bool,
-        scale: float,
-        runs: Runs | None,
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mode: Mode
     ) -> Gradients:
         """Gradients of q, k and v; `out` and `grad` are laid out alike."""
 
@@ -101,27 +100,16 @@ class CpuFlash:
 
     name, shared_heads, ragged = "torch's flash attention for CPUs", False, False
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, runs: Runs | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mode: Mode) -> tuple[Tensor, Tensor]:
         """One operator."""
-        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, mode.causal, scale=mode.scale)
 
     def backward(
-        self,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        causal: bool,
-        scale: float,
-        runs: Runs | None,
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mode: Mode
     ) -> Gradients:
         """One operator."""
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, lse.contiguous(), 0.0, causal, scale=scale
+            grad, q, k, v, out, lse.contiguous(), 0.0, mode.causal, scale=mode.scale
         )
 
 
@@ -130,39 +118,28 @@ class Dense:
 
     name, shared_heads, ragged = "dense attention", False, False
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, runs: Runs | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mode: Mode) -> tuple[Tensor, Tensor]:
         """In fp32 or better."""
-        scores = self._scores(q, k, causal, scale)
+        scores = self._scores(q, k, mode)
         lse = scores.logsumexp(-1)
         return (torch.exp(scores - lse[..., None]) @ v.to(scores.dtype)).to(q.dtype), lse
 
     def backward(
-        self,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        causal: bool,
-        scale: float,
-        runs: Runs | None,
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mode: Mode
     ) -> Gradients:
         """In fp32 or better."""
-        weights = torch.exp(self._scores(q, k, causal, scale) - lse[..., None])
+        weights = torch.exp(self._scores(q, k, mode) - lse[..., None])
         wide = weights.dtype
         grad, out = grad.to(wide), out.to(wide)
-        d_scores = weights * (grad @ v.mT.to(wide) - (grad * out).sum(-1, keepdim=True)) * scale
+        d_scores = weights * (grad @ v.mT.to(wide) - (grad * out).sum(-1, keepdim=True)) * mode.scale
         found = d_scores @ k.to(wide), d_scores.mT @ q.to(wide), weights.mT @ grad
         return found[0].to(q.dtype), found[1].to(k.dtype), found[2].to(v.dtype)
 
     @staticmethod
-    def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
+    def _scores(q: Tensor, k: Tensor, mode: Mode) -> Tensor:
         wide = torch.promote_types(q.dtype, torch.float32)
-        scores = (q.to(wide) @ k.mT.to(wide)) * scale
-        if causal:
+        scores = (q.to(wide) @ k.mT.to(wide)) * mode.scale
+        if mode.causal:
             above = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
             scores = scores.masked_fill(above, float("-inf"))
         return scores
@@ -177,39 +154,28 @@ class TorchFlash:
         self.shared_heads = shared_heads
         self.name = name + ("" if shared_heads else ", heads of keys repeated")
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, runs: Runs | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mode: Mode) -> tuple[Tensor, Tensor]:
         """The padded operator, or the one for runs, which wants (tokens, heads, D)."""
-        if runs is None:
-            return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
+        if mode.runs is None:
+            return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, mode.causal, scale=mode.scale)[:2]
         rows = [x.squeeze(0).transpose(0, 1) for x in (q, k, v)]
-        out, lse = aten._flash_attention_forward(*rows, *runs.cuts, 0.0, causal, False, scale=scale)[:2]
+        out, lse = aten._flash_attention_forward(*rows, *mode.runs.cuts, 0.0, mode.causal, False, scale=mode.scale)[:2]
         return out.transpose(0, 1).unsqueeze(0), lse.unsqueeze(0)
 
     def backward(
-        self,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        causal: bool,
-        scale: float,
-        runs: Runs | None,
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mode: Mode
     ) -> Gradients:
         """A defined length says that the call is for runs; so a padded one gives none."""
         # dropout's generator state and a place holder, unread without dropout
         state, unused = (torch.empty(shape, dtype=torch.uint64, device=q.device) for shape in ((2,), ()))
-        if runs is None:
+        if mode.runs is None:
             return aten._scaled_dot_product_flash_attention_backward(
-                grad, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, causal, state, unused,
-                scale=scale,
+                grad, q, k, v, out, lse.contiguous(), None, None, q.shape[2], k.shape[2], 0.0, mode.causal, state, unused,
+                scale=mode.scale,
             )  # fmt: skip
         rows = [x.squeeze(0).transpose(0, 1) for x in (grad, q, k, v, out)]
         found = aten._flash_attention_backward(
-            *rows, lse.squeeze(0).contiguous(), *runs.cuts, 0.0, causal, state, unused, scale=scale
+            *rows, lse.squeeze(0).contiguous(), *mode.runs.cuts, 0.0, mode.causal, state, unused, scale=mode.scale
         )
         dq, dk, dv = (x.transpose(0, 1).unsqueeze(0) for x in found)
         return dq, dk, dv
@@ -222,32 +188,38 @@ class Cudnn:
     _dimensions = 4
     """Of the operator's log-sum-exp: (B, N, Q, 1) up to torch 2.11 at least, (B, N, Q) in later sources."""
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, runs: Runs | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mode: Mode) -> tuple[Tensor, Tensor]:
         """One operator."""
-        out, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)[:2]
+        out, lse = aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, 0.0, mode.causal, False, scale=mode.scale
+        )[:2]
         self._dimensions = lse.dim()
         return out, lse.view(lse.shape[:3])
 
     def backward(
-        self,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        causal: bool,
-        scale: float,
-        runs: Runs | None,
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mode: Mode
     ) -> Gradients:
         """The log-sum-exp goes back in the shape that forward gave it."""
         state = torch.empty((), dtype=torch.int64, device=q.device)  # dropout's, unread
         lse = lse.contiguous()
         lse = lse.unsqueeze(-1) if self._dimensions == 4 else lse
         return aten._scaled_dot_product_cudnn_attention_backward(
-            grad, q, k, v, out, lse, state, state, None, None, None, q.shape[2], k.shape[2], 0.0, causal, scale=scale
+            grad,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            state,
+            state,
+            None,
+            None,
+            None,
+            q.shape[2],
+            k.shape[2],
+            0.0,
+            mode.causal,
+            scale=mode.scale,
         )
 
 
@@ -305,8 +277,8 @@ def flash_forward(
     if not kernel.shared_heads:
         k, v = for_queries(k, q), for_queries(v, q)
     if runs is None or kernel.ragged:
-        return kernel.forward(q, k, v, causal, scale, runs)
-    pieces = [kernel.forward(a, b, c, causal, scale, None) for a, b, c in runs.split([q], [k, v])]
+        return kernel.forward(q, k, v, Mode(causal, scale, runs))
+    pieces = [kernel.forward(a, b, c, Mode(causal, scale)) for a, b, c in runs.split([q], [k, v])]
     out, lse = (torch.cat(x, 2) for x in zip(*pieces, strict=True))
     return out, lse
 
@@ -333,10 +305,10 @@ def flash_backward(
     if not kernel.shared_heads:
         k, v = for_queries(k, q), for_queries(v, q)
     if runs is None or kernel.ragged:
-        dq, dk, dv = kernel.backward(grad, q, k, v, out, lse, causal, scale, runs)
+        dq, dk, dv = kernel.backward(grad, q, k, v, out, lse, Mode(causal, scale, runs))
     else:
         pieces = [
-            kernel.backward(g, a, b, c, o, s, causal, scale, None)
+            kernel.backward(g, a, b, c, o, s, Mode(causal, scale))
             for g, a, o, s, b, c in runs.split([grad, q, out, lse], [k, v])
         ]
         dq, dk, dv = (torch.cat(x, 2) for x in zip(*pieces, strict=True))

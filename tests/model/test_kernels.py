@@ -14,7 +14,7 @@ from truth import MODERN, REFERENCE, make_config, share_of_step
 
 from esolm_megatron.model import flash, kernels
 from esolm_megatron.model.attention import DocumentRuns, PackedAttention, PackedLayout
-from esolm_megatron.model.kernels import Call, Chosen, Cudnn, Runs, TorchFlash
+from esolm_megatron.model.kernels import Call, Chosen, Cudnn, Mode, Runs, TorchFlash
 from esolm_megatron.model.size import run_capacity
 from esolm_megatron.objective.esolm import micro_batch_layout
 
@@ -148,7 +148,7 @@ def test_the_rules_are_insisted_on(on_gpu, fault):
         use(Cudnn())
         kernels.flash_forward(q, k, v, True, 0.25)
         with pytest.raises(RuntimeError, match="strides"):
-            Cudnn().backward(grad.contiguous(), q, k, v, out, lse, True, 0.25, None)
+            Cudnn().backward(grad.contiguous(), q, k, v, out, lse, Mode(True, 0.25))
         return
     elif fault == "sums":
         arguments[5] = lse.double()
@@ -231,9 +231,9 @@ def test_the_calls_of_a_run_are_known_before_it(on_gpu, monkeypatch, objective):
         assert batch.layout == layout
     made, forward = [], TorchFlash.forward
 
-    def seen(self, q, k, v, causal, scale, runs):
-        made.append(Call(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], causal))
-        return forward(self, q, k, v, causal, scale, runs)
+    def seen(self, q, k, v, mode):
+        made.append(Call(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], mode.causal))
+        return forward(self, q, k, v, mode)
 
     monkeypatch.setattr(TorchFlash, "forward", seen)
     use(TorchFlash())
@@ -248,12 +248,12 @@ right_backward = TorchFlash.backward
 class Wrong(TorchFlash):
     """A library whose gradients are wrong where sums are merged."""
 
-    def backward(self, grad, q, k, v, out, lse, *rest):
-        return right_backward(self, grad, q, k, v, out, lse - 0.1, *rest)
+    def backward(self, grad, q, k, v, out, lse, mode):
+        return right_backward(self, grad, q, k, v, out, lse - 0.1, mode)
 
 
 class Refusing(TorchFlash):
-    def forward(self, *call):
+    def forward(self, q, k, v, mode):
         raise RuntimeError("no engine for this shape")
 
 
