@@ -157,8 +157,8 @@ class TrainConfig(Section):
     """Steps between lines of metrics.jsonl."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU where there is one."""
-    compile: bool = False
-    """Compile each block before and after attention (torch.compile); the first steps take longer."""
+    compile: bool | None = None
+    """Compile what blocks do beside attention (torch.compile); the first steps take longer. null: on a GPU."""
     cuda_graphs: bool = False
     """Replay what is compiled as CUDA graphs, the last block excepted: fewer launches, for memory that stays taken."""
     peak_tflops: float | None = Field(None, gt=0)
@@ -292,19 +292,12 @@ def _batch_problems(c: Any) -> Iterator[str]:
 
 
 def _compile_problems(c: Any) -> Iterator[str]:
-    wanted = {
-        "parallel.tensor_size": (c.parallel.tensor_size, c.parallel.tensor_size == 1),
-        "parallel.zero_stage": (c.parallel.zero_stage, c.parallel.zero_stage < 3),
-        "parallel.recompute": (c.parallel.recompute, c.parallel.recompute != "selective"),
-        "model.dropout": (c.model.dropout, c.model.dropout == 0),
-    }
-    for name, (value, fits) in wanted.items():
-        if c.train.compile and not fits:
-            yield f"train.compile = true: does not go with {name} = {value}; change it, or set train.compile=false"
     alone = {  # in fp32 gradients stay where graphs made them, and the next micro-batch's graphs write over them
-        "train.compile": (c.train.compile, c.train.compile),
+        "train.compile": (c.train.compile, c.train.compile is not False),
         "train.device": (c.train.device, c.train.device != "cpu"),
         "train.precision": (c.train.precision, c.train.precision == "bf16"),
+        "parallel.tensor_size": (c.parallel.tensor_size, c.parallel.tensor_size == 1),
+        "parallel.zero_stage": (c.parallel.zero_stage, c.parallel.zero_stage < 3),
         "parallel.pipeline_size": (c.parallel.pipeline_size, c.parallel.pipeline_size == 1),
         "parallel.recompute": (c.parallel.recompute, c.parallel.recompute == "none"),
     }

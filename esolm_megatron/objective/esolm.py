@@ -419,6 +419,11 @@ def part_sums(losses: Tensor, batch: PackedBatch) -> Tensor:
     return weighted.new_zeros(2).index_add(0, batch.parts, weighted)
 
 
+def token_counts(batch: PackedBatch, num_valid: Tensor) -> Tensor:
+    """What each (M,) token loss counts in `mean_loss` of `part_sums`."""
+    return batch.weights / num_valid.clamp(min=1).to(batch.weights).index_select(0, batch.parts)
+
+
 def mean_loss(sums: Tensor, num_valid: Tensor) -> Tensor:
     """The NELBO per token: each part's sum over the valid tokens, masked or not, of that part's rows."""
     return (sums / num_valid.clamp(min=1).to(sums)).sum()

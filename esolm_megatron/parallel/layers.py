@@ -90,9 +90,13 @@ class MegatronLinears:
             mark(layer.bias, Split(partial_grad=self.sequence_parallel))
         return layer
 
+    def vocab_rows(self, vocab_size: int) -> int:
+        """This rank's share of the padded vocabulary."""
+        return padded_vocab(vocab_size, self.tensor_size) // self.tensor_size
+
     def vocab_embedding(self, vocab_size: int, hidden_size: int) -> nn.Module:
         """VocabParallelEmbedding."""
-        padded = padded_vocab(vocab_size, self.tensor_size)
+        padded = self.vocab_rows(vocab_size) * self.tensor_size
         layer = tp.VocabParallelEmbedding(padded, hidden_size, init_method=None, config=self.megatron)
         mark(layer.weight, Split(0, whole_size=vocab_size))
         return layer
@@ -118,7 +122,9 @@ class MegatronLinears:
         return per_token.chunk(self.tensor_size)[self.tensor_rank]
 
     def over_ranks(self, x: Tensor, how: Literal["max", "sum"]) -> Tensor:
-        """x reduced in place over the tensor ranks."""
+        """x reduced in place over the tensor ranks, if there are several."""
+        if self.tensor_size == 1:
+            return x
         dist.all_reduce(
             x, dist.ReduceOp.MAX if how == "max" else dist.ReduceOp.SUM, ps.get_tensor_model_parallel_group()
         )

@@ -63,8 +63,8 @@ def split_losses(config):
     theirs = list(torch.autograd.grad((expected * weights).sum(), whole))
     theirs[1:] = [t.chunk(linears.tensor_size)[rank] for t in theirs[1:]]
     options = {"first_id": rank * size, "num_ids": max(51 - rank * size, 0), "over_ranks": linears.over_ranks}
-    for chunk, kept in ((10**6, 1), (3 * size, 2), (3 * size, 0)):
-        losses = predicted_losses(linears.copy_to_ranks(mine[0]), *mine[1:], targets, chunk=chunk, kept=kept, **options)
+    for chunk, counts in ((10**6, None), (10**6, weights), (3 * size, None), (3 * size, weights)):
+        losses = predicted_losses(linears.copy_to_ranks(mine[0]), *mine[1:], targets, counts, chunk=chunk, **options)
         found = torch.autograd.grad((losses * weights).sum(), mine)
         errors += [(losses - expected).abs().max().item()]
         errors += [(a - b).abs().max().item() for a, b in zip(found, theirs, strict=True)]
