@@ -25,7 +25,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class Wanted(Protocol):
-    """What the last block is to compute (model/last.py)."""
+    """What the last block is to compute (model/last_block.py)."""
 
     fed: Tensor
     """(P,) tokens whose queries it is fed."""
