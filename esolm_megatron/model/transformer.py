@@ -31,7 +31,7 @@ NO_DROPOUT: Dropped = None, None, None
 
 
 class Wanted(Protocol):
-    """What the last block is to compute (model/last.py)."""
+    """What the last block is to compute (model/last_block.py)."""
 
     fed: Tensor
     """(P,) tokens whose queries it is fed."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from esolm_megatron.config import Config, ObjectiveConfig
 from esolm_megatron.model.attention import DocumentRuns, PackedAttention, PackedLayout, with_tensors
-from esolm_megatron.model.last import LastBlock
+from esolm_megatron.model.last_block import LastBlock
 from esolm_megatron.objective.noise import antithetic_times, elbo_weight, uniforms, words
 from esolm_megatron.objective.order import clean_random_then_left_to_right, clean_then_masked_random, random_order
 

@@ -22,7 +22,7 @@ from esolm_megatron.objective.esolm import Noised, OrderedRows, PackedBatch, mea
 from esolm_megatron.parallel import groups, pipeline, replicas, zero
 from esolm_megatron.parallel.context import own_share
 from esolm_megatron.parallel.gate import Gate
-from esolm_megatron.parallel.layers import megatron_config
+from esolm_megatron.parallel.megatron_layers import megatron_config
 from esolm_megatron.parallel.zero_state import ZeroState
 from esolm_megatron.topology import padded_vocab
 

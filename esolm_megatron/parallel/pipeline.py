@@ -18,7 +18,7 @@ from esolm_megatron.model.size import layers_of_stages
 from esolm_megatron.model.transformer import EsoLM, initialise
 from esolm_megatron.objective.esolm import PackedBatch, mean_loss, part_sums, token_counts
 from esolm_megatron.parallel.context import ContextAttention, ContextLastBlock
-from esolm_megatron.parallel.layers import DTYPES, MegatronLinears
+from esolm_megatron.parallel.megatron_layers import DTYPES, MegatronLinears
 from esolm_megatron.topology import Topology, layers_of_chunk
 
 

@@ -1,6 +1,6 @@
 """What megatron-core and DeepSpeed do wrong in silence (each trap was met), and that here the right thing happens.
 
-Layouts whose result would be wrong are refused: see tests/test_config.py, SILENT_TRAPS.
+Layouts whose result would be wrong are refused: see tests/config/test_tree.py, SILENT_TRAPS.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ WIDE = MODERN | {"num_heads": 8, "num_kv_heads": 4}
 
 def linears_of(config):
     from esolm_megatron.parallel import groups
-    from esolm_megatron.parallel.layers import MegatronLinears, megatron_config
+    from esolm_megatron.parallel.megatron_layers import MegatronLinears, megatron_config
 
     topology, device = groups.start(config)
     return MegatronLinears(megatron_config(config, device), topology, device), topology.tensor_rank
