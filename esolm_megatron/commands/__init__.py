@@ -9,11 +9,11 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
-import yaml
 from pydantic import Field, ValidationError
 from rich.console import Console
 
 from esolm_megatron.config import ConfigError, Section
+from esolm_megatron.config.yaml_text import value_of
 
 Options = TypeVar("Options", bound=Section)
 
@@ -50,12 +50,16 @@ def options(kind: type[Options], overrides: Sequence[str]) -> Options:
     """`field=value` words as a checked group of fields; every problem at once."""
     values, problems = {}, []
     for word in overrides:
-        name, separator, value = word.partition("=")
+        name, separator, _ = word.partition("=")
         if not separator:
             problems.append(f"{word!r}: an option is written field=value")
             continue
-        text = kind.model_fields.get(name) is not None and "str" in str(kind.model_fields[name].annotation)
-        values[name] = value.replace("\\n", "\n") if text and value != "null" else yaml.safe_load(value)
+        try:
+            value = value_of(word, kind)
+        except ConfigError as error:
+            problems.append(str(error))
+            continue
+        values[name] = value.replace("\\n", "\n") if isinstance(value, str) else value
     try:
         checked = kind.model_validate(values)
     except ValidationError as error:

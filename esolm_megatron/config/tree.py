@@ -11,7 +11,7 @@ from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError
@@ -19,6 +19,7 @@ from pydantic import BaseModel, Field, ValidationError
 from esolm_megatron.config.layouts import layout_problems, world_problems  # noqa: F401 - callers of a Config ask here
 from esolm_megatron.config.section import Section
 from esolm_megatron.config.sections import DataConfig, GuardConfig, WatchdogConfig, data_problems
+from esolm_megatron.config.yaml_text import read_mapping, shown, value_of
 from esolm_megatron.errors import ConfigError, UserError  # noqa: F401 - callers of a Config look for both here
 
 
@@ -117,12 +118,15 @@ class ObjectiveConfig(Section):
         return {0.0: 0.0, 1.0: 1.0}.get(self.alpha_0, 0.5)
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimConfig(Section):
     """AdamW, learning-rate schedule, clipping, and the moving average of the weights."""
 
     lr: float = Field(3e-4, gt=0)
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Adam's decay rates."""
     eps: float = Field(1e-8, gt=0)
     """Adam's denominator offset."""
@@ -343,9 +347,9 @@ def _field_problems(error: ValidationError) -> list[tuple[tuple[str, ...], str]]
         if item["type"] == "missing":
             out.append((path, f"{dotted}: missing; give it a value"))
         elif item["type"] == "extra_forbidden":
-            out.append((path, f"{dotted} = {item['input']!r}: no such field{_did_you_mean(path)}"))
+            out.append((path, f"{dotted} = {shown(item['input'])}: no such field{_did_you_mean(path)}"))
         else:
-            out.append((path, f"{dotted} = {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"))
+            out.append((path, f"{dotted} = {shown(item['input'])}: {item['msg'][0].lower()}{item['msg'][1:]}"))
     return out
 
 
@@ -402,41 +406,35 @@ def check(tree: dict[str, Any]) -> Config:
     return config
 
 
-def read_tree(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
+def read_tree(
+    path: str | Path, overrides: list[str] | tuple[str, ...] = (), kind: type[BaseModel] | None = None
+) -> dict[str, Any]:
     """The plain tree of a YAML file: its `base:` file first, then its own fields, then overrides.
+
+    kind: what the tree will be checked as, a run by default; its text fields take an override's value as it stands.
 
     Raises:
         ConfigError: a file is missing or no mapping, or an override is not `section.field=value`.
     """
     tree = _read_file(Path(path), seen=())
     for override in overrides:
-        key, separator, value = override.partition("=")
+        key, separator, _ = override.partition("=")
         if not separator or not key:
-            raise ConfigError(f"{override!r}: an override is written section.field=value")
+            raise ConfigError(f"{shown(override)}: an override is written section.field=value")
         node = tree
         *parents, last = key.split(".")
         for parent in parents:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
-                raise ConfigError(f"{override!r}: {parent} is not a section")
-        try:
-            node[last] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{override!r}: the value is not YAML: {error}") from error
+                raise ConfigError(f"{shown(override)}: {parent} is not a section")
+        node[last] = value_of(override, kind or Config)
     return tree
 
 
 def _read_file(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ConfigError(f"{path}: base files form a circle")
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: must be a mapping of sections, found {type(tree).__name__}")
+    tree = read_mapping(path, "sections")
     if (base := tree.pop("base", None)) is None:
         return tree
     return _merged(_read_file(path.parent / str(base), (*seen, path.resolve())), tree)

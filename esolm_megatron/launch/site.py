@@ -8,10 +8,10 @@ import subprocess
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from esolm_megatron.config import ConfigError, Section
+from esolm_megatron.config.yaml_text import read_mapping, shown
 
 
 class ClusterConfig(Section):
@@ -127,12 +127,7 @@ def load_cluster(path: str | Path) -> ClusterConfig:
     Raises:
         ConfigError: with every problem, one a line.
     """
-    try:
-        tree = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: must be a mapping of fields, found {type(tree).__name__}")
+    tree = read_mapping(Path(path), "fields")
     try:
         return ClusterConfig.model_validate(tree)
     except ValidationError as error:
@@ -143,7 +138,7 @@ def load_cluster(path: str | Path) -> ClusterConfig:
                 near = difflib.get_close_matches(name, ClusterConfig.model_fields, n=1)
                 lines.append(f"{name}: no such field; {f'did you mean {near[0]}?' if near else 'see slurm/README.md'}")
             elif name:
-                lines.append(f"{name} = {item.get('input')!r}: {item['msg']}")
+                lines.append(f"{name} = {shown(item.get('input'))}: {item['msg']}")
             else:
                 lines.append(item["msg"].removeprefix("Value error, "))
         raise ConfigError("\n".join([f"{path}:", *lines])) from None

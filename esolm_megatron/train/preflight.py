@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from esolm_megatron.config import Config, ConfigError, with_values, world_problems
+from esolm_megatron.config.yaml_text import read_mapping
 from esolm_megatron.data.stream import TokenStream
 from esolm_megatron.data.stream.mixture import sources_of
 
 _FREE_TO_CHANGE = {
     "runs_dir": None,
-    "train": {"num_steps", "micro_batch_size", "log_every_steps", "device", "peak_tflops"},
+    "train": {"num_steps", "micro_batch_size", "log_every_steps", "device", "peak_tflops", "compile", "cuda_graphs"},
     "parallel": None,
     "evaluate": None,
     "checkpoint": None,
@@ -56,7 +56,7 @@ def refuse_other_run(config: Config) -> None:
     file = config.run_dir / "config.yaml"
     if not file.exists():
         return
-    old, new = yaml.safe_load(file.read_text()), config.model_dump(mode="json")
+    old, new = read_mapping(file, "sections"), config.model_dump(mode="json")
     with suppress(ValidationError):
         old = Config.model_validate(old).model_dump(mode="json")  # fields newer than the file get their defaults
     changed = []

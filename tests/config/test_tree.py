@@ -387,7 +387,7 @@ def test_overrides_come_last_and_are_yaml(write):
         ("model.num_layers", "an override is written section.field=value"),
         ("=3", "an override is written section.field=value"),
         ("name.first=3", "name is not a section"),
-        ("model.num_layers=[", "the value is not YAML"),
+        ("model.num_layers=[", "not YAML"),
         ("model.num_layer=3", "did you mean model.num_layers?"),
     ],
 )

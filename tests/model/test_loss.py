@@ -53,6 +53,9 @@ def test_a_loss_that_counts_otherwise_than_was_said_is_refused():
     with pytest.raises(RuntimeError, match="no multiple of sum"):
         losses.sum().backward()
     predicted_losses(*inputs, targets, counts, **OPTIONS).mul(7 * counts).sum().backward()
+    for bad in (float("nan"), float("inf")):  # passed on, for whoever judges steps
+        found = torch.autograd.grad(predicted_losses(*inputs, targets, counts, **OPTIONS), inputs, bad * counts)
+        assert not any(x.isfinite().all() for x in found)
     nothing = predicted_losses(inputs[0][:0], *inputs[1:], targets[:0], counts[:0], **OPTIONS)
     assert all(not x.any() for x in torch.autograd.grad(nothing.sum(), inputs))
 

@@ -64,7 +64,7 @@ def load_prepare_config(path: str | Path, overrides: list[str] | tuple[str, ...]
         read_tree,  # and with it all sections of a run, which `prepare` can do without
     )
 
-    tree = read_tree(path, overrides)
+    tree = read_tree(path, overrides, PrepareConfig)
     try:
         config, problems = PrepareConfig.model_validate(tree), []
     except ValidationError as error:
