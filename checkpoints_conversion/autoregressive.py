@@ -20,11 +20,11 @@ from torch import Tensor
 
 from checkpoints_conversion import hub
 from checkpoints_conversion.probe import BOUNDS, difference, folder_logits, probe_row
+from esolm_megatron.checkpoint.tensorfile import TensorFolder, TensorFolderError
 from esolm_megatron.config import ModelConfig
 from esolm_megatron.model.attention import PackedAttention, PackedLayout
 from esolm_megatron.model.pretrained import TOKENIZER_FILES, Progress, parameter_shapes, save_model
 from esolm_megatron.model.transformer import EsoLM
-from esolm_megatron.tensorfile import TensorFolder, TensorFolderError
 
 KINDS = ("llama", "qwen2", "qwen3")
 """What `model_type` may say."""

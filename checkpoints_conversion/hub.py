@@ -20,7 +20,7 @@ PACKAGE = "esolm_megatron"
 MODELING, CONFIGURATION = f"{PACKAGE}.huggingface.modeling_esolm", f"{PACKAGE}.huggingface.configuration_esolm"
 MODEL_CLASS, CONFIG_CLASS = "modeling_esolm.EsoLMForMaskedLM", "configuration_esolm.EsoLMConfig"
 
-_IMPORT = re.compile(rf"^from ({PACKAGE}[\w.]*) import (.+)$", re.MULTILINE)
+_IMPORT = re.compile(rf"^( *)from ({PACKAGE}[\w.]*) import (.+)$", re.MULTILINE)
 
 
 def config_fields(config: ModelConfig) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def code() -> dict[str, str]:
         assert spec is not None
         assert spec.origin is not None
         text = Path(spec.origin).read_text(encoding="utf-8")
-        waiting += [found for found, _ in _IMPORT.findall(text) if found != f"{PACKAGE}.config"]
+        waiting += [found for _, found, _ in _IMPORT.findall(text) if found != f"{PACKAGE}.config"]
         text = _IMPORT.sub(_relative, text)
         out[name] = f"# Written by esolm convert, from {PACKAGE} {__version__}: change it there.\n{text}"
     return out
@@ -101,9 +101,9 @@ def _flat(module: str) -> str:
 
 
 def _relative(match: re.Match[str]) -> str:
-    module, what = match.groups()
+    indent, module, what = match.groups()
     if module != f"{PACKAGE}.config":
-        return f"from .{_flat(module)} import {what}"
+        return f"{indent}from .{_flat(module)} import {what}"
     names = [name.strip() for name in what.split(",")]
     for name in names:  # types in annotations, but for ModelConfig: of that, the stand-in has what the network reads
         if not name.endswith("Config"):

@@ -19,11 +19,11 @@ from torch import Tensor
 from checkpoints_conversion import hub
 from checkpoints_conversion.probe import BOUNDS, difference, folder_logits, probe_row
 from checkpoints_conversion.torch_zip import TorchZip, TorchZipError, child
+from esolm_megatron.checkpoint.tensorfile import INDEX_SUFFIX, TensorFolder, TensorFolderError
 from esolm_megatron.config import ModelConfig
 from esolm_megatron.model.attention import causal_attention
 from esolm_megatron.model.pretrained import Progress, open_tensors, save_model
 from esolm_megatron.model.rotary import rotary_tables, rotate
-from esolm_megatron.tensorfile import INDEX_SUFFIX, TensorFolder, TensorFolderError
 
 PREFIX = "backbone."
 BUFFERS = ("rotary_emb.inv_freq",)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from checkpoints_conversion.probe import BOUNDS, difference, folder_logits, probe_row
 from checkpoints_conversion.reference import fold, reference_logits
+from esolm_megatron.checkpoint.tensorfile import Entry, TensorFolder, sync_folder, write_json, write_tensors
 from esolm_megatron.config import ModelConfig
 from esolm_megatron.model.pretrained import CONFIG, WEIGHTS, PretrainedError, open_tensors
-from esolm_megatron.tensorfile import Entry, TensorFolder, sync_folder, write_json, write_tensors
 
 CONDITION, FREQUENCIES = 128, 256
 """Widths of the reference's time embedding and of its Fourier features."""

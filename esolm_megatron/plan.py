@@ -15,7 +15,6 @@ from rich.text import Text
 
 from esolm_megatron.config import Config, ConfigError, ModelConfig, with_values, world_problems
 from esolm_megatron.model.size import (
-    KEPT_CHUNKS,
     LOGITS_PER_CHUNK,
     flops_per_step,
     layers_of_stages,
@@ -313,13 +312,14 @@ def channels_per_token(model: ModelConfig, recompute: str, tensor_size: int, seq
 
 
 def _logits_bytes(config: Config) -> int:
-    """Logits in fp32 that the loss keeps, and two chunks at work, were every place masked; and the head's gradient in fp32
-    where there are several chunks (model/loss.py).
+    """A chunk of logits in fp32 and its gradient, were every place masked, the head's gradient, in fp32 where there are several
+    chunks, and that of what the head is fed (model/loss.py).
     """
     diffusion, _ = _rows(config)
     plain = 0 if config.objective.diffusion_loss == "any_order" else diffusion * config.model.seq_length
     places, tensor_size = plain + _mask_places(config), config.parallel.tensor_size
     vocab = padded_vocab(config.model.vocab, tensor_size) // tensor_size
-    whole = -(-places // config.parallel.context_size) * vocab
-    held = min(whole, KEPT_CHUNKS * LOGITS_PER_CHUNK) + 2 * min(whole, LOGITS_PER_CHUNK)
-    return FP32 * (held + (vocab * config.model.hidden_size if whole > LOGITS_PER_CHUNK else 0))
+    whole, hidden = -(-places // config.parallel.context_size) * vocab, config.model.hidden_size
+    width = 2 if config.train.precision == "bf16" else FP32
+    held = (FP32 + width) * min(whole, LOGITS_PER_CHUNK) + width * -(-places // config.parallel.context_size) * hidden
+    return held + (FP32 if whole > LOGITS_PER_CHUNK else 0) * vocab * hidden + width * vocab * hidden

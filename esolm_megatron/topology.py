@@ -13,6 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+VOCAB_MULTIPLE = 128
+"""Of rows of the vocabulary on a rank: the products of other sizes run at half speed or less on GPUs (docs/performance.md)."""
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -87,5 +90,9 @@ def layers_of_chunk(stages: Sequence[int], stage: int, chunk: int = 0, num_chunk
 
 
 def padded_vocab(vocab_size: int, tensor_size: int) -> int:
-    """`vocab_size` rounded up to a multiple of `tensor_size`; the added rows never enter a loss or a checkpoint."""
-    return -(-vocab_size // tensor_size) * tensor_size
+    """`vocab_size` rounded up so that each tensor rank has a multiple of VOCAB_MULTIPLE rows.
+
+    The added rows stay 0: they enter no loss, gradient norm, checkpoint, export or count of parameters.
+    """
+    multiple = VOCAB_MULTIPLE * tensor_size
+    return -(-vocab_size // multiple) * multiple

@@ -198,6 +198,13 @@ def mm_into(a, b, out_dtype):
     return (a.float() @ b.float()).to(out_dtype)
 
 
+def addmm_into(c, a, b, out_dtype, *, beta=1, alpha=1, out):
+    insist(a.dtype in LOW, "out_dtype is for bf16 and fp16 factors")
+    insist(a.dtype == b.dtype, "both factors have one type")
+    insist(out_dtype == c.dtype == out.dtype, "what is added to has out_dtype")
+    return out.copy_(beta * c + alpha * (a.float() @ b.float()))
+
+
 OPERATORS = {
     "_scaled_dot_product_flash_attention": flash,
     "_scaled_dot_product_flash_attention_backward": flash_backward,
@@ -206,6 +213,7 @@ OPERATORS = {
     "_scaled_dot_product_cudnn_attention": cudnn,
     "_scaled_dot_product_cudnn_attention_backward": cudnn_backward,
     "mm.dtype": mm_into,
+    "addmm.dtype_out": addmm_into,
 }
 
 
@@ -224,10 +232,9 @@ def cuda_operators():
     library = torch.library.Library("aten", "IMPL")
     for name, function in OPERATORS.items():
         library.impl(name, counted(name, function), "CPU")
-    before = kernels.on_gpu
-    kernels.on_gpu = lambda x: True
+    kernels.GPU_DEVICES.add("cpu")
     try:
         yield calls
     finally:
-        kernels.on_gpu = before
+        kernels.GPU_DEVICES.remove("cpu")
         library._destroy()

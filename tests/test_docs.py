@@ -52,7 +52,7 @@ NOT_RUN = {
         "needs SLURM; tests/slurm runs each kind of it",
     ),
     "pip install -e '.[serve]'": INSTALLS,
-    "esolm serve runs/quickstart/model port=8000 rows=16": "runs until a signal; tests/test_serve.py starts one",
+    "esolm serve runs/quickstart/model port=8000 rows=16": "runs until a signal; tests/inference/test_serve.py starts one",
     "esolm convert reference.ckpt imported --from reference num_heads=12 length=1024": (
         "needs a checkpoint of the reference; tests/conversion makes and imports one"
     ),

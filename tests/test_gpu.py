@@ -4,15 +4,16 @@ import pytest
 import torch
 from truth import MODERN, make_config, plain_loss, plain_model, share_of_step
 
-from esolm_megatron.decoding.decoder import Decoder
-from esolm_megatron.decoding.plan import plan_rows
-from esolm_megatron.decoding.recorded import RECORD_AT
+from esolm_megatron.inference import sample
+from esolm_megatron.inference.decoding.cuda_graphs import RECORD_AT
+from esolm_megatron.inference.decoding.decoder import Decoder
+from esolm_megatron.inference.decoding.scheduler import plan_rows
+from esolm_megatron.inference.sampler import schedule_log_probs
 from esolm_megatron.model import flash, kernels
 from esolm_megatron.model.attention import PackedAttention, PackedLayout, mask_stream_attention
 from esolm_megatron.model.layers import PlainLinears
 from esolm_megatron.model.transformer import EsoLM
 from esolm_megatron.objective.esolm import part_sums
-from esolm_megatron.sample import sample, schedule_log_probs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 WIDE = MODERN | {"hidden_size": 192, "num_heads": 6, "num_kv_heads": 2, "seq_length": 128, "vocab_size": 1001}

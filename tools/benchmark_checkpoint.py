@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from esolm_megatron import checkpoint
+from esolm_megatron.checkpoint import folder as checkpoint
 from esolm_megatron.config import Config, check
 from esolm_megatron.model.size import mask_capacity
 from esolm_megatron.objective.esolm import Noised, draw_step

@@ -44,8 +44,8 @@ def documents(num_tokens: int) -> Iterator[np.ndarray]:
 
 def write_ours(folder: Path, num_tokens: int) -> None:
     """Shards as `esolm data prepare` writes them."""
-    from esolm_megatron.data.shard_writer import Packer, ShardWriter
-    from esolm_megatron.data.shards import BLOCK_DTYPE, write_manifest
+    from esolm_megatron.data.shards.format import BLOCK_DTYPE, write_manifest
+    from esolm_megatron.data.shards.writer import Packer, ShardWriter
 
     (folder / "shards").mkdir(parents=True)
     writer = ShardWriter(folder / "shards", "train-00000", 16 * BLOCK)

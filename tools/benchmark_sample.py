@@ -35,14 +35,14 @@ from rich.table import Table
 from torch import Tensor
 
 from esolm_megatron.config import ModelConfig
-from esolm_megatron.decoding.draw import draw_tokens
-from esolm_megatron.decoding.plan import plan_rows
-from esolm_megatron.decoding.recorded import RecordedPasses
+from esolm_megatron.inference import sample
+from esolm_megatron.inference.decoding.cuda_graphs import RecordedPasses
+from esolm_megatron.inference.decoding.draw import draw_tokens
+from esolm_megatron.inference.decoding.scheduler import plan_rows
 from esolm_megatron.model.cache import KVCache
 from esolm_megatron.model.layers import PlainLinears
 from esolm_megatron.model.products import FastProducts
 from esolm_megatron.model.transformer import EsoLM, initialise
-from esolm_megatron.sample import sample
 
 SHAPES = {
     "124m": {"num_layers": 12, "hidden_size": 768, "num_heads": 12, "vocab_size": 50258},

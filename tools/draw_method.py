@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from esolm_megatron.config import ModelConfig, ObjectiveConfig
-from esolm_megatron.decoding.decoder import decode
-from esolm_megatron.decoding.plan import binomial_schedule
-from esolm_megatron.decoding.plan import draw_orders as sampling_orders
+from esolm_megatron.inference.decoding.decoder import decode
+from esolm_megatron.inference.decoding.scheduler import binomial_schedule
+from esolm_megatron.inference.decoding.scheduler import draw_orders as sampling_orders
 from esolm_megatron.objective.esolm import draw_diffusion, draw_sequential, pack
 
 mpl.use("Agg")

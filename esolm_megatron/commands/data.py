@@ -70,7 +70,7 @@ def _data_show(args: argparse.Namespace) -> int:
 
 
 def _data_train_tokenizer(args: argparse.Namespace) -> int:
-    from esolm_megatron.data.inputs import cut, find_inputs, read_documents
+    from esolm_megatron.data.prepare.inputs import cut, find_inputs, read_documents
     from esolm_megatron.data.tokenizer import train_tokenizer
 
     class TokenizerOptions(Section):
@@ -106,7 +106,7 @@ def _data_corpus(args: argparse.Namespace) -> int:
 
 def _data_mix(args: argparse.Namespace) -> int:
     from esolm_megatron.config import load
-    from esolm_megatron.data.mix import mix
+    from esolm_megatron.data.stream.mix_report import mix
 
     pictures = [word.partition("=")[2] for word in args.overrides if word.startswith("plot=")]
     report = mix(load(args.path, [word for word in args.overrides if not word.startswith("plot=")]))

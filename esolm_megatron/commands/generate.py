@@ -104,7 +104,7 @@ def run_serve(args: argparse.Namespace) -> int:
     try:
         import uvicorn
 
-        from esolm_megatron import serve
+        from esolm_megatron.inference import serve
     except ImportError as error:
         raise ConfigError(f"{error.name} is missing: pip install 'esolm-megatron[serve]'") from None
 
@@ -122,7 +122,7 @@ def run_sample(args: argparse.Namespace) -> int:
     import torch
 
     from esolm_megatron.inference import parse_infill
-    from esolm_megatron.replay import Replay
+    from esolm_megatron.inference.animation import Replay
 
     chosen = options(SampleOptions, args.overrides)
     model = chosen.load(args.path)
@@ -181,7 +181,7 @@ def show_samples(samples: Any, decode: Any, as_json: bool) -> None:
 
 def run_score(args: argparse.Namespace) -> int:
     """Exact log-likelihoods of texts."""
-    from esolm_megatron.score import score
+    from esolm_megatron.inference.scoring import score
 
     chosen = options(ScoreOptions, args.overrides)
     texts = texts_to_score(chosen)

@@ -19,7 +19,7 @@ from esolm_megatron.config import ConfigError
 
 def run_launch(args: argparse.Namespace) -> int:
     """Check everything, fill the run folder, and submit; or show it, or run it here."""
-    from esolm_megatron.launch.cluster_file import load_cluster
+    from esolm_megatron.launch.site import load_cluster
     from esolm_megatron.launch.submit import check_cluster, plan_launches, submission, submit, sweep, write
 
     cluster = load_cluster(args.on)
@@ -57,7 +57,7 @@ def run_launch(args: argparse.Namespace) -> int:
 def _dry_run(args: argparse.Namespace, planned) -> int:  # type: ignore[no-untyped-def]
     import shlex
 
-    from esolm_megatron.launch.machine import srun_command
+    from esolm_megatron.launch.executor import srun_command
     from esolm_megatron.plan import plan
 
     cluster, first = planned.cluster, planned.launches[0]

@@ -42,7 +42,7 @@ def _doctor_cluster(args: argparse.Namespace) -> int:
         words = ["doctor", "--cluster", f"--folder={args.folder}", *(["--json"] if args.json else [])]
         words += [f"--layout={args.layout}"] if args.layout else []
         return run_local([sys.executable, "-m", "esolm_megatron", *words], args.processes)
-    from esolm_megatron.cluster import examine
+    from esolm_megatron.doctor.cluster import examine
 
     report = examine(Path(args.folder), config=load(args.layout, []) if args.layout else None)
     if int(os.environ.get("RANK", 0)) == 0:

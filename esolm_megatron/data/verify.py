@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from esolm_megatron.data.picture import draw
-from esolm_megatron.data.shards import SPLITS, Manifest, ShardCorrupt, ShardReader
+from esolm_megatron.data.shards import Manifest, ShardCorrupt, ShardReader
+from esolm_megatron.data.shards.format import SPLITS
 from esolm_megatron.data.stream import ValidationSet
+from esolm_megatron.data.token_plots import draw
 from esolm_megatron.data.tokenizer import TokenizerError, load_tokenizer
 
 

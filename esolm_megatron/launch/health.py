@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from esolm_megatron.config import load
-from esolm_megatron.launch.cluster_file import ClusterConfig, ask, load_cluster, there
 from esolm_megatron.launch.rank import take_place
+from esolm_megatron.launch.site import ClusterConfig, ask, load_cluster, there
 from esolm_megatron.train.ending import write_json
 
 _GIB = 2**30
@@ -89,7 +89,7 @@ def main(folder: Path) -> int:
         sys.stderr.write("\n".join(facts["problems"]) + "\n")
         return 1
     if cluster.health == "all":
-        from esolm_megatron.cluster import examine
+        from esolm_megatron.doctor.cluster import examine
 
         config = load(folder / "config.yaml")
         report = examine(run_dir, megabytes=8, timeout_s=cluster.health_limit_s, config=config)

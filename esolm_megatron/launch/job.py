@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from esolm_megatron.launch import verdict
-from esolm_megatron.launch.cluster_file import ClusterConfig, load_cluster
+from esolm_megatron.launch.executor import Local, Machine, Slurm
 from esolm_megatron.launch.health import report_file, together_file
-from esolm_megatron.launch.machine import Local, Machine, Slurm
 from esolm_megatron.launch.record import Cause, Record, fruitless, newest_step, starts
+from esolm_megatron.launch.site import ClusterConfig, load_cluster
 from esolm_megatron.train.ending import Ending, mark, mark_running
 
 _LONGEST_WAIT_S = 3600.0

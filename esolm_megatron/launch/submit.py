@@ -24,9 +24,8 @@ from typing import Any
 import yaml
 
 import esolm_megatron
-from esolm_megatron.config import Config, ConfigError, UserError, check, dump, load
-from esolm_megatron.config_sections import is_remote
-from esolm_megatron.launch.cluster_file import ClusterConfig, ask, cluster_problems, partitions, there
+from esolm_megatron.config import Config, ConfigError, UserError, check, dump, is_remote, load
+from esolm_megatron.launch.site import ClusterConfig, ask, cluster_problems, partitions, there
 from esolm_megatron.train.ending import write_json
 from esolm_megatron.train.preflight import check_run, resolve
 

@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from esolm_megatron.config import UserError
-from esolm_megatron.launch.cluster_file import ask, there
 from esolm_megatron.launch.record import Record, newest_step, starts
+from esolm_megatron.launch.site import ask, there
 from esolm_megatron.launch.submit import jobs_of
 from esolm_megatron.launch.verdict import dead_ranks, failures
 from esolm_megatron.train import ending

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from esolm_megatron.launch.machine import Machine
+from esolm_megatron.launch.executor import Machine
 from esolm_megatron.launch.record import Cause
 from esolm_megatron.train import ending
 from esolm_megatron.train.ending import Ending

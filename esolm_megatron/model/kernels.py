@@ -23,9 +23,13 @@ LOW = (torch.bfloat16, torch.float16)
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
+GPU_DEVICES = {"cuda"}
+"""Types of device whose operators are CUDA's; tests add the CPU, with a stand-in of the operators."""
+
+
 def on_gpu(x: Tensor) -> bool:
     """Whether operators on x are those of CUDA: where they differ from a CPU's, this decides, and nothing else does."""
-    return x.is_cuda
+    return x.device.type in GPU_DEVICES
 
 
 def wide_product(x: Tensor, matrix: Tensor) -> Tensor:
@@ -35,6 +39,16 @@ def wide_product(x: Tensor, matrix: Tensor) -> Tensor:
     if on_gpu(x):
         return torch.mm(x, matrix, out_dtype=torch.float32)
     return x.float() @ matrix.float()
+
+
+def add_product(out: Tensor, x: Tensor, matrix: Tensor) -> None:
+    """out += x @ matrix, in the product itself; `out` as `wide_product` makes it."""
+    if x.dtype not in LOW:
+        out.addmm_(x, matrix)
+    elif on_gpu(x):
+        torch.addmm(out, x, matrix, out_dtype=torch.float32, out=out)
+    else:
+        out.addmm_(x.float(), matrix.float())
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from esolm_megatron.config import ModelConfig
+from esolm_megatron.model.between import EAGER, Between
 from esolm_megatron.model.kernels import wide_product
 from esolm_megatron.model.loss import predicted_losses
 from esolm_megatron.model.products import matmul
@@ -95,8 +95,11 @@ class Linears(Protocol):
     def row(self, in_features: int, out_features: int, *, bias: bool) -> nn.Module:
         """(T, 1, in / tensor_size) -> (T', 1, out): input features are cut, results summed."""
 
+    def vocab_rows(self, vocab_size: int) -> int:
+        """Rows of the vocabulary that this rank holds, padding included."""
+
     def vocab_embedding(self, vocab_size: int, hidden_size: int) -> nn.Module:
-        """(1, T) ids -> (1, T, H): vocabulary rows are padded to a multiple of tensor_size, and cut."""
+        """(1, T) ids -> (1, T, H): vocabulary rows are padded, and cut."""
 
     def copy_to_ranks(self, x: Tensor) -> Tensor:
         """Identity whose gradient is summed over the tensor ranks."""
@@ -111,7 +114,7 @@ class Linears(Protocol):
         """(T,) -> the (T',) entries of this rank's tokens."""
 
     def over_ranks(self, x: Tensor, how: Literal["max", "sum"]) -> Tensor:
-        """(M,) -> its maximum or sum over the tensor ranks, without a gradient; x may be overwritten."""
+        """x -> its maximum or sum over the tensor ranks, without a gradient; x may be overwritten."""
 
     def empty(self, *shape: int) -> nn.Parameter:
         """An uninitialised parameter of the run's dtype and device."""
@@ -130,8 +133,12 @@ class PlainLinears:
 
     tensor_size, tensor_rank, sequence_parallel = 1, 0, False
 
-    def __init__(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
+    def __init__(
+        self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", *, pad_vocab: bool = False
+    ):
+        """pad_vocab: as split ones have it; else the vocabulary has as many rows as ids."""
         self.options: dict[str, Any] = {"dtype": dtype, "device": device}
+        self.pad_vocab = pad_vocab
 
     def column(self, in_features: int, out_features: int, *, bias: bool, blocks: int = 1) -> nn.Module:
         """nn.Linear."""
@@ -148,9 +155,13 @@ class PlainLinears:
             mark(layer.bias, vector)
         return layer
 
+    def vocab_rows(self, vocab_size: int) -> int:
+        """All, and padding where it is wanted."""
+        return padded_vocab(vocab_size, 1) if self.pad_vocab else vocab_size
+
     def vocab_embedding(self, vocab_size: int, hidden_size: int) -> nn.Module:
         """nn.Embedding."""
-        layer = nn.utils.skip_init(nn.Embedding, vocab_size, hidden_size, **self.options)
+        layer = nn.utils.skip_init(nn.Embedding, self.vocab_rows(vocab_size), hidden_size, **self.options)
         mark(layer.weight, Split(0, whole_size=vocab_size))
         return layer
 
@@ -178,15 +189,14 @@ class Norm(nn.Module):
         split = Split(partial_grad=linears.sequence_parallel or per_head)
         self.weight = linears.empty(width)
         mark(self.weight, split)
+        self.bias = None
         if self.kind == "layernorm":
             self.bias = linears.empty(width)
             mark(self.bias, split)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, between: Between = EAGER) -> Tensor:
         """x normalised, same shape and dtype; statistics are taken in fp32 or better."""
-        if self.kind == "layernorm":
-            return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        return between.normalise(x, self.weight, self.bias, self.eps, self.kind)
 
 
 class Mlp(nn.Module):
@@ -199,13 +209,9 @@ class Mlp(nn.Module):
         self.fc1 = linears.column(config.hidden_size, blocks * config.ffn_size, bias=config.mlp_bias, blocks=blocks)
         self.fc2 = linears.row(config.ffn_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, between: Between = EAGER) -> Tensor:
         """(T', 1, H) -> (T', 1, H)."""
-        y = self.fc1(x)
-        if self.gated:
-            gate, up = y.chunk(2, dim=-1)
-            return self.fc2(F.silu(gate) * up)
-        return self.fc2(F.gelu(y, approximate="tanh"))
+        return self.fc2(between.activate(self.fc1(x), self.gated))
 
 
 class _Fp32Logits(torch.autograd.Function):
@@ -234,7 +240,7 @@ class VocabHead(nn.Module):
     def __init__(self, config: ModelConfig, linears: Linears, *, own_weight: bool):
         super().__init__()
         self.linears, self.mask_id = linears, config.mask_id
-        size = padded_vocab(config.vocab, linears.tensor_size) // linears.tensor_size
+        size = linears.vocab_rows(config.vocab)
         self.start, split = linears.tensor_rank * size, Split(0, whole_size=config.vocab)
         self.weight, self.bias = None, None
         if own_weight:
@@ -244,10 +250,16 @@ class VocabHead(nn.Module):
             self.bias = linears.empty(size)
             mark(self.bias, split)
 
-    def forward(self, x: Tensor, weight: Tensor | None = None, targets: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor | None = None,
+        targets: Tensor | None = None,
+        counts: Tensor | None = None,
+    ) -> Tensor:
         """(M, H) -> (M, V / tensor_size), or (M,) losses where `targets` (M,) are given; fp32 (fp64 for fp64 weights).
 
-        weight: the tied embedding.
+        weight: the tied embedding. counts: (M,) what each loss will count, see `predicted_losses`.
         """
         matrix = self.weight if weight is None else weight
         assert matrix is not None
@@ -258,6 +270,7 @@ class VocabHead(nn.Module):
                 matrix,
                 self.bias,
                 targets,
+                counts,
                 first_id=self.start,
                 num_ids=num_ids,
                 over_ranks=self.linears.over_ranks,
@@ -268,20 +281,3 @@ class VocabHead(nn.Module):
             logits = logits + self.bias.to(logits.dtype)
         logits[:, num_ids:] = float("-inf")  # in place: nothing saved for backward is changed
         return logits
-
-
-def hashed_dropout(x: Tensor, ids: Tensor, salt: int, p: float) -> Tensor:
-    """x with each channel dropped with probability p, decided by (token id, channel, salt) alone.
-
-    No generator is read: the mask is the same in a recomputed forward pass, on every tensor, sequence and pipeline
-    split, and in a resumed run. x (T', 1, H); ids (T',) int32, different for each token of a step.
-    """
-    if p == 0:
-        return x
-    channel = torch.arange(x.shape[-1], device=x.device, dtype=torch.int32)
-    h = ids[:, None] * -1640531535 + channel[None] * 97 + salt * 7919
-    for multiplier in (-2048144789, -1028477387):  # murmur3's finaliser; shifts of int32 keep the sign, hence the masks
-        h = (h ^ ((h >> 16) & 0xFFFF)) * multiplier
-        h = h ^ ((h >> 13) & 0x7FFFF)
-    keep = (h & 0x7FFFFFFF) >= int(p * 2**31)
-    return x * (keep[:, None, :].to(x.dtype) / (1 - p))

@@ -1,24 +1,26 @@
-"""Losses of predicted tokens without the logits of all of them at once.
+"""The head's product and the losses of predicted tokens, without the logits of all of them at once.
 
-Logits are made for some rows at a time. Those of the first few chunks are kept for the backward pass, which makes the
-others again; so memory has a bound that knows neither the number of tokens nor the vocabulary.
+Logits are made for some rows at a time, and where it is known what each loss will count, the gradients of that chunk at
+once: no logit is made twice, and memory has a bound that knows neither the number of tokens nor the vocabulary. A chunk is
+two products that read its logits' gradient and one that made them; between these, all elementwise work is two passes over
+the logits (model/loss_triton.py on GPUs, `_Plain` elsewhere).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from esolm_megatron.model.kernels import wide_product
-from esolm_megatron.model.size import KEPT_CHUNKS, LOGITS_PER_CHUNK
+from esolm_megatron.model.kernels import LOW, add_product, on_gpu, wide_product
+from esolm_megatron.model.size import LOGITS_PER_CHUNK
 
 OverRanks = Callable[[Tensor, Literal["max", "sum"]], Tensor]
-"""An (M,) tensor of each tensor rank -> its maximum or sum over the ranks that share the vocabulary."""
+"""A tensor of each tensor rank -> its maximum or sum over the ranks that share the vocabulary."""
 
 
 def predicted_losses(
@@ -26,95 +28,155 @@ def predicted_losses(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
+    counts: Tensor | None = None,
     *,
     first_id: int,
     num_ids: int,
     over_ranks: OverRanks,
     chunk: int = LOGITS_PER_CHUNK,
-    kept: int = KEPT_CHUNKS,
 ) -> Tensor:
     """-log softmax(x weight^T + bias) at `targets`: (M,) fp32, or fp64 for fp64.
 
     x (M, H). weight (V', H), bias (V',): this rank's slice of the vocabulary, whose ids start at `first_id`; from its
-    row `num_ids` on nothing is ever predicted. chunk: logits made at once. kept: chunks of them kept for backward.
+    row `num_ids` on nothing is ever predicted. counts: (M,) what each loss will count: what is differentiated must then be
+    a multiple of sum(counts * losses), and its gradients are made now. Without, logits are made again in backward.
+    chunk: logits made at once.
     """
-    rows = max(chunk // max(weight.shape[0], 1), 1)
     local = targets - first_id
     inside = (local >= 0) & (local < weight.shape[0])
-    local = local.clamp(0, weight.shape[0] - 1)[:, None]
-    kept = kept if torch.is_grad_enabled() else 0
-    return _ChunkedLoss.apply(x, weight, bias, local, inside, num_ids, over_ranks, rows, kept)
+    local = local.clamp(0, weight.shape[0] - 1)
+    if not torch.is_grad_enabled():
+        counts = None
+    elif counts is not None:
+        counts = counts.to(torch.promote_types(x.dtype, torch.float32))
+    work = _Chunks(local, inside, num_ids, over_ranks, max(chunk // max(weight.shape[0], 1), 1))
+    return _ChunkedLoss.apply(x, weight, bias, counts, work)
 
 
-def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, num_ids: int) -> Tensor:
-    low = x.dtype in (torch.bfloat16, torch.float16)
-    logits = wide_product(x, weight.t()) if low else F.linear(x, weight)
-    if bias is not None:
-        logits += bias.to(logits.dtype)
-    logits[:, num_ids:] = float("-inf")
-    return logits
+class Elementwise(Protocol):
+    """What happens to a chunk's logits between products; `top_and_sum` is called first, with the same logits.
+
+    logits (m, V') fp32 or fp64, which may be overwritten; bias (V',); local (m,) int64, the target's place in the row.
+    """
+
+    def top_and_sum(
+        self, logits: Tensor, bias: Tensor | None, num_ids: int, local: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(m,) each: the greatest of the first `num_ids` logits, the sum of exp(logit - it), the target's logit."""
+
+    def gradient(
+        self,
+        logits: Tensor,
+        bias: Tensor | None,
+        num_ids: int,
+        local: Tensor,
+        top: Tensor,
+        scale: Tensor,
+        minus: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """(m, V') of `dtype`: exp(logit - top) scale, less `minus` at the target; 0 from `num_ids` on."""
+
+
+class _Plain:
+    """By torch's operators. Between the calls the logits hold exp(logit - top)."""
+
+    @staticmethod
+    def top_and_sum(logits: Tensor, bias: Tensor | None, num_ids: int, local: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if bias is not None:
+            logits += bias.to(logits.dtype)
+        logits[:, num_ids:] = float("-inf")
+        top = logits.amax(-1).clamp(min=torch.finfo(logits.dtype).min)  # a slice of padding has minus infinity only
+        hit = logits.gather(1, local[:, None])[:, 0]
+        return top, logits.sub_(top[:, None]).exp_().sum(-1), hit
+
+    @staticmethod
+    def gradient(
+        logits: Tensor,
+        bias: Tensor | None,
+        num_ids: int,
+        local: Tensor,
+        top: Tensor,
+        scale: Tensor,
+        minus: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        logits.mul_(scale[:, None])
+        return logits.scatter_add_(1, local[:, None], -minus[:, None]).to(dtype)
+
+
+def elementwise(logits: Tensor) -> Elementwise:
+    """Triton's two passes where it is installed and the logits are a GPU's; torch's operators elsewhere."""
+    if on_gpu(logits) and logits.dtype == torch.float32:
+        try:
+            from esolm_megatron.model.loss_triton import Fused
+        except ImportError:  # torch for GPUs brings Triton on Linux
+            return _Plain()
+        return Fused()
+    return _Plain()
+
+
+class _Chunks:
+    """The passes over chunks of rows; see `predicted_losses` for the fields."""
+
+    def __init__(self, local: Tensor, inside: Tensor, num_ids: int, over_ranks: OverRanks, rows: int):
+        self.local, self.inside, self.num_ids, self.over_ranks, self.rows = local, inside, num_ids, over_ranks, rows
+
+    def run(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """(M,) losses and, where `counts` are given, the gradients of sum(counts * losses) in x, weight and bias."""
+        wide, low = torch.promote_types(x.dtype, torch.float32), x.dtype in LOW
+        losses = x.new_empty(len(x), dtype=wide)
+        dx = dw = db = None
+        if counts is not None:
+            dx = torch.empty_like(x)
+            db = None if bias is None else torch.zeros_like(bias, dtype=wide)
+        for at in range(0, len(x), self.rows):
+            some = slice(at, at + self.rows)
+            logits = wide_product(x[some], weight.t()) if low else F.linear(x[some], weight)
+            work, local, inside = elementwise(logits), self.local[some], self.inside[some]
+            top, total, hit = work.top_and_sum(logits, bias, self.num_ids, local)
+            highest = self.over_ranks(top.clone(), "max")
+            share = torch.exp(top - highest)
+            total, hit = self.over_ranks(torch.stack([total * share, torch.where(inside, hit, 0)]), "sum")
+            losses[some] = torch.log(total) - (hit - highest)
+            if counts is None or dx is None:
+                continue
+            scale, minus = counts[some] * share / total, counts[some] * inside
+            d_logits = work.gradient(logits, bias, self.num_ids, local, top, scale, minus, x.dtype)
+            del logits
+            torch.mm(d_logits, weight, out=dx[some])
+            if db is not None:
+                db += d_logits.sum(0, dtype=wide)
+            if len(x) <= self.rows:
+                dw = d_logits.t() @ x
+            elif dw is None:
+                dw = wide_product(d_logits.t(), x[some])
+            else:
+                add_product(dw, d_logits.t(), x[some])
+        if counts is not None:
+            dw = torch.zeros_like(weight) if dw is None else dw.to(weight.dtype)
+        return losses, (dx, dw, None if db is None or bias is None else db.to(bias.dtype))
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        local: Tensor,
-        inside: Tensor,
-        num_ids: int,
-        over_ranks: OverRanks,
-        rows: int,
-        kept: int,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor | None, work: _Chunks
     ) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        top, total, hit = (x.new_empty(len(x), dtype=wide) for _ in range(3))
-        ctx.exps = []
-        for at in range(0, len(x), rows):
-            some = slice(at, at + rows)
-            logits = _logits(x[some], weight, bias, num_ids)
-            top[some] = logits.amax(-1).clamp(min=torch.finfo(wide).min)  # a slice of padding has minus infinity only
-            hit[some] = logits.gather(1, local[some])[:, 0]
-            exps = logits.sub_(top[some, None]).exp_()
-            total[some] = exps.sum(-1)
-            if len(ctx.exps) < kept:
-                ctx.exps.append(exps)
-        hit = torch.where(inside, hit, 0)
-        highest = over_ranks(top.clone(), "max")
-        share = torch.exp(top - highest)
-        total = over_ranks(total * share, "sum")
-        losses = torch.log(total) - (over_ranks(hit, "sum") - highest)
-        ctx.save_for_backward(x, weight, bias, local, inside, top, share / total)
-        ctx.num_ids, ctx.rows = num_ids, rows
+        losses, gradients = work.run(x, weight, bias, counts)
+        ctx.work, ctx.known = work, counts is not None
+        ctx.save_for_backward(*((counts, *gradients) if ctx.known else (x, weight, bias)))
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, local, inside, top, share = ctx.saved_tensors
-        scale, minus = (grad * share)[:, None], -(grad * inside)[:, None]
-        dx = torch.empty_like(x)
-        one = len(x) <= ctx.rows
-        dw = None if one else torch.zeros_like(weight, dtype=top.dtype)
-        db = None if bias is None else torch.zeros_like(bias, dtype=top.dtype)
-        for number, at in enumerate(range(0, len(x), ctx.rows)):
-            some = slice(at, at + ctx.rows)
-            if number < len(ctx.exps):
-                d_logits = ctx.exps[number] * scale[some]
-            else:
-                logits = _logits(x[some], weight, bias, ctx.num_ids)
-                d_logits = logits.sub_(top[some, None]).exp_().mul_(scale[some])
-            d_logits.scatter_add_(1, local[some], minus[some])
-            if db is not None:
-                db += d_logits.sum(0)
-            low = d_logits.to(x.dtype)
-            torch.mm(low, weight, out=dx[some])
-            if dw is None:
-                dw = low.t() @ x
-            else:
-                dw += wide_product(low.t(), x[some])
-        assert dw is not None or not len(x)
-        dw = torch.zeros_like(weight) if dw is None else dw.to(weight.dtype)
-        return dx, dw, None if db is None else db.to(bias.dtype), None, None, None, None, None, None
+        if not ctx.known:
+            return *ctx.work.run(*ctx.saved_tensors, grad)[1], None, None
+        counts, *gradients = ctx.saved_tensors
+        factor = (grad @ counts) / (counts @ counts).clamp(min=torch.finfo(counts.dtype).tiny)
+        apart = (grad - factor * counts).norm() <= 1e-3 * grad.norm()
+        torch._assert_async(apart, "what is differentiated is no multiple of sum(counts * losses)")
+        return *(None if x is None else x * factor.to(x.dtype) for x in gradients), None, None

@@ -21,10 +21,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from esolm_megatron.config import ModelConfig
-from esolm_megatron.model.layers import PlainLinears
-from esolm_megatron.model.transformer import EsoLM
-from esolm_megatron.tensorfile import (
+from esolm_megatron.checkpoint.tensorfile import (
     INDEX_SUFFIX,
     Entry,
     FileFacts,
@@ -35,6 +32,9 @@ from esolm_megatron.tensorfile import (
     write_json,
     write_tensors,
 )
+from esolm_megatron.config import ModelConfig
+from esolm_megatron.model.layers import PlainLinears
+from esolm_megatron.model.transformer import EsoLM
 
 Progress = Callable[[str, int, int], None]
 """(tensor, its number from 1, number of tensors)."""

@@ -14,8 +14,8 @@ from esolm_megatron.topology import balanced_stages, padded_vocab
 BACKWARD = 2
 """A backward pass multiplies two matrices for each one of the forward pass."""
 
-LOGITS_PER_CHUNK, KEPT_CHUNKS = 2**25, 4
-"""Logits that the loss makes at once, and how many such chunks it keeps for the backward pass (model/loss.py)."""
+LOGITS_PER_CHUNK = 2**27
+"""Logits that the loss makes at once (model/loss.py): half a GiB, and half of that for their gradient in 16 bits."""
 
 
 CAPACITY_MULTIPLE = 16
@@ -52,9 +52,13 @@ def stage_parameters(
 ) -> int:
     """Parameters that a rank of a pipeline stage holds: its layers, the embedding, the final norm and the head.
 
-    The vocabulary is padded to a multiple of tensor_size. A tied head on another stage than the embedding is a copy.
+    The vocabulary is padded (`padded_vocab`). A tied head on another stage than the embedding is a copy.
     """
     rows = padded_vocab(model.vocab, tensor_size) // tensor_size
+    return _stage_parameters(model, num_layers, rows, first, last, tensor_size)
+
+
+def _stage_parameters(model: ModelConfig, num_layers: int, rows: int, first: bool, last: bool, tensor_size: int) -> int:
     total = num_layers * layer_parameters(model, tensor_size)
     if first:
         total += rows * model.hidden_size
@@ -67,7 +71,7 @@ def stage_parameters(
 
 def num_parameters(model: ModelConfig) -> int:
     """Parameters of the whole network, a tied embedding counted once: V H (twice if untied) + blocks + final norm + V."""
-    return stage_parameters(model, model.num_layers)
+    return _stage_parameters(model, model.num_layers, model.vocab, True, True, 1)
 
 
 def mask_capacity(seq_length: int, alpha_0: float, multiple: int = CAPACITY_MULTIPLE) -> int:

@@ -17,15 +17,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from esolm_megatron.config import ModelConfig
-from esolm_megatron.model.layers import Linears, Mlp, Norm, VocabHead, boxes, hashed_dropout, split_of, whole_shape
-from esolm_megatron.model.rotary import rotary_tables, rotate
+from esolm_megatron.model.between import EAGER, Between, compiled
+from esolm_megatron.model.layers import Linears, Mlp, Norm, VocabHead, boxes, split_of, whole_shape
+from esolm_megatron.model.rotary import rotary_tables
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q (T, N, D), k (T, G, D), v (T, G, D)) -> (T, N, D)."""
 
 
+Dropped = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""(ids (T',) of the tokens, salts () of a block's two branches), int32, see `hashed_dropout`; None for no dropout."""
+NO_DROPOUT: Dropped = None, None, None
+
+
 class Wanted(Protocol):
-    """What the last block is to compute (model/last.py)."""
+    """What the last block is to compute (model/last_block.py)."""
 
     fed: Tensor
     """(P,) tokens whose queries it is fed."""
@@ -56,15 +62,15 @@ class Attention(nn.Module):
             self.q_norm = Norm(config, linears, width, kind="rmsnorm", per_head=True)
             self.k_norm = Norm(config, linears, width, kind="rmsnorm", per_head=True)
 
-    def project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def project(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], between: Between = EAGER
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(T', 1, H) -> queries (T, N, D), keys and values (T, G, D)."""
         y = self.qkv(x).contiguous()  # attention kernels want it so; see `matmul`
-        tokens = y.shape[0]
-        y = y.view(tokens, self.kv_heads, self.queries + 2, self.head_dim)
-        q, k, v = (x.flatten(1, 2) for x in y.split([self.queries, 1, 1], dim=2))  # one concatenation in backward
+        norms, eps = None, 0.0
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, rope), rotate(k, rope), v
+            norms, eps = (self.q_norm.weight, self.k_norm.weight), self.q_norm.eps
+        return between.heads(y, rope, norms, (self.kv_heads, self.queries, self.head_dim), eps)
 
     def forward(self, mixed: Tensor) -> Tensor:
         """(P, N, D), what queries found, -> (P', 1, H)."""
@@ -81,42 +87,43 @@ class Block(nn.Module):
         self.attention = Attention(config, linears, layer)
         self.norm2 = Norm(config, linears, config.hidden_size)
         self.mlp = Mlp(config, linears)
-        self.recompute_mlp = False
+        self.recompute_mlp, self.between = False, EAGER
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, ids: Tensor | None, fed: Tensor | None = None
+        self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, drop: Dropped, fed: Tensor | None = None
     ) -> Tensor:
-        """(T', 1, H) -> (T', 1, H), or (P', 1, H) for the P tokens `fed`, to which `ids` then belong."""
+        """(T', 1, H) -> (T', 1, H), or (P', 1, H) for the P tokens `fed`, to which the ids of `drop` then belong."""
         q, k, v = self._before(x, rope)
         mixed = attend(self.layer, q if fed is None else q.index_select(0, fed), k, v)
         if fed is not None:
             x = self.linears.scatter_tokens(self.linears.gather_tokens(x).index_select(0, fed))
-        return self._after(x, mixed, ids)
+        return self._after(x, mixed, drop)
 
-    def compile(self, *args: Any, **options: Any) -> None:
+    def compile(self, *args: Any, apart: bool = False, **options: Any) -> None:
         """Compile what lies before and after attention, a graph each; blocks of one shape share them.
 
-        Attention itself is kernels already, and other parts of a block than these have no arithmetic.
+        Attention itself is kernels already, and other parts of a block than these have no arithmetic. apart: compile what
+        lies between products only, where these are not torch's alone or weights come and go.
         """
+        self.between = compiled(**options) if apart else EAGER
         for name in ("_before", "_after"):  # of the class, so that compiling again replaces what was compiled
-            setattr(self, name, torch.compile(MethodType(getattr(Block, name), self), fullgraph=True, **options))
+            method = MethodType(getattr(Block, name), self)
+            setattr(self, name, method if apart else torch.compile(method, fullgraph=True, **options))
 
     def _before(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        return self.attention.project(self.norm1(x), rope)
+        return self.attention.project(self.norm1(x, self.between), rope, self.between)
 
-    def _after(self, x: Tensor, mixed: Tensor, ids: Tensor | None) -> Tensor:
-        x = x + self._drop(self.attention(mixed), ids, 1)
+    def _after(self, x: Tensor, mixed: Tensor, drop: Dropped) -> Tensor:
+        ids, first, second = drop
+        x = self.between.add(x, self.attention(mixed), ids, first, self.dropout)
         if self.recompute_mlp and torch.is_grad_enabled():
             y = checkpoint(self._mlp, x, use_reentrant=False, preserve_rng_state=False)
         else:
             y = self._mlp(x)
-        return x + self._drop(y, ids, 2)
+        return self.between.add(x, y, ids, second, self.dropout)
 
     def _mlp(self, x: Tensor) -> Tensor:
-        return self.mlp(self.norm2(x))
-
-    def _drop(self, x: Tensor, ids: Tensor | None, branch: int) -> Tensor:
-        return x if ids is None else hashed_dropout(x, ids, 3 * self.layer + branch, self.dropout)
+        return self.mlp(self.norm2(x, self.between), self.between)
 
 
 class EsoLM(nn.Module):
@@ -148,17 +155,17 @@ class EsoLM(nn.Module):
             self.final_norm = Norm(config, linears, config.hidden_size)
             self.head = VocabHead(config, linears, own_weight=not (config.tied_embeddings and first))
         self.input_tensor: Tensor | None = None
-        self.cuda_graphs = False
+        self.cuda_graphs, self.between = False, EAGER
 
-    def compile_blocks(self, *, cuda_graphs: bool = False, **options: Any) -> None:
+    def compile_blocks(self, *, cuda_graphs: bool = False, apart: bool = False, **options: Any) -> None:
         """Compile every block, see `Block.compile`; with `cuda_graphs` a GPU replays all but the last one.
 
         The last block is fed as many tokens as carry loss, which is another number in each step.
         """
-        self.cuda_graphs = cuda_graphs
+        self.cuda_graphs, self.between = cuda_graphs, compiled(**options)
         for block in self.layers.values():
             replayed = cuda_graphs and block.layer < self.shape.num_layers - 1
-            block.compile(**options, **({"mode": "reduce-overhead"} if replayed else {}))
+            block.compile(apart=apart, **options, **({"mode": "reduce-overhead"} if replayed else {}))
 
     def set_input_tensor(self, tensors: list[Tensor] | Tensor) -> None:
         """Keep what the stage before sent, for the next forward."""
@@ -172,6 +179,7 @@ class EsoLM(nn.Module):
         *,
         places: Tensor | None = None,
         targets: Tensor | None = None,
+        counts: Tensor | None = None,
         dropout_ids: Tensor | None = None,
         last: Wanted | None = None,
         head: bool = True,
@@ -179,7 +187,8 @@ class EsoLM(nn.Module):
         """Hidden states of this stage, or at the last one logits, or token losses where `targets` are given.
 
         tokens, positions: (T,) int64, packed. places: (M,) indices of the tokens that the head looks at; all by default.
-        targets: (M,) ids. dropout_ids: (T,) int32, one for each token of the step; None turns dropout off.
+        targets: (M,) ids. counts: (M,) what each loss will count, see `predicted_losses`.
+        dropout_ids: (T,) int32, one for each token of the step; None turns dropout off.
         last: lets the last block compute what `places` need, and no more. head: without it, the last stage returns what
         `logits` wants.
         Returns (T', 1, H), (M, V / tensor_size) or (M,); (M, H) without the head.
@@ -190,17 +199,20 @@ class EsoLM(nn.Module):
         if dropout_ids is not None and self.shape.dropout > 0:
             ids = self.linears.own_tokens(dropout_ids)
             last_ids = None if last is None else self.linears.own_tokens(dropout_ids.index_select(0, last.fed))
+            # tensors: as a number, each layer's would be compiled for itself
+            all_salts = torch.arange(3 * self.shape.num_layers, dtype=torch.int32, device=dropout_ids.device).unbind()
         if self.first:
             x = self.linears.scatter_tokens(self.embedding(tokens[None]).view(len(tokens), 1, -1))
-            x = x if ids is None else hashed_dropout(x, ids, 0, self.shape.dropout)
+            x = x if ids is None else self.between.drop(x, ids, 0, self.shape.dropout)
         else:
             assert self.input_tensor is not None, "a later stage needs set_input_tensor first"
             x = self.input_tensor
         rope = rotary_tables(positions, self.shape.head_dim, self.shape.rope_base, x.dtype)
         for block in self.layers.values():
-            inputs: tuple[Any, ...] = (x, rope, attend, ids)
+            salts = NO_DROPOUT[1:] if ids is None else all_salts[3 * block.layer + 1 : 3 * block.layer + 3]
+            inputs: tuple[Any, ...] = (x, rope, attend, (ids, *salts))
             if last is not None and block.layer == self.shape.num_layers - 1:
-                inputs, places = (x, rope, last, last_ids, last.fed), last.within
+                inputs, places = (x, rope, last, (last_ids, *salts), last.fed), last.within
             if self.recompute_blocks and torch.is_grad_enabled():
                 x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -210,12 +222,12 @@ class EsoLM(nn.Module):
         x = self.linears.gather_tokens(self.final_norm(x)).squeeze(1)
         if places is not None:
             x = x.index_select(0, places)
-        return self.logits(x, targets) if head else x
+        return self.logits(x, targets, counts) if head else x
 
-    def logits(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+    def logits(self, x: Tensor, targets: Tensor | None = None, counts: Tensor | None = None) -> Tensor:
         """(M, H) normalised hidden states -> (M, V / tensor_size) logits, or (M,) token losses at `targets` (M,)."""
         tied = self.embedding.weight if self.head.weight is None else None
-        return self.head(x, tied, targets)
+        return self.head(x, tied, targets, counts)
 
     def whole_names(self) -> dict[str, str]:
         """Local parameter name -> its name in the whole network; a tied head's copy is the embedding."""

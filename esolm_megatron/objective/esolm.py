@@ -16,7 +16,7 @@ from torch import Tensor
 
 from esolm_megatron.config import Config, ObjectiveConfig
 from esolm_megatron.model.attention import DocumentRuns, PackedAttention, PackedLayout, with_tensors
-from esolm_megatron.model.last import LastBlock
+from esolm_megatron.model.last_block import LastBlock
 from esolm_megatron.objective.noise import antithetic_times, elbo_weight, uniforms, words
 from esolm_megatron.objective.order import clean_random_then_left_to_right, clean_then_masked_random, random_order
 
@@ -417,6 +417,11 @@ def part_sums(losses: Tensor, batch: PackedBatch) -> Tensor:
     """Weighted sums of the (M,) token losses over each part of the loss: (2,), fp32 or better."""
     weighted = losses * batch.weights.to(losses.dtype)
     return weighted.new_zeros(2).index_add(0, batch.parts, weighted)
+
+
+def token_counts(batch: PackedBatch, num_valid: Tensor) -> Tensor:
+    """What each (M,) token loss counts in `mean_loss` of `part_sums`."""
+    return batch.weights / num_valid.clamp(min=1).to(batch.weights).index_select(0, batch.parts)
 
 
 def mean_loss(sums: Tensor, num_valid: Tensor) -> Tensor:

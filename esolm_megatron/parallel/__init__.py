@@ -19,7 +19,7 @@ with warnings.catch_warnings():
     import megatron.core.models.backends
     import megatron.core.optimizer
     import megatron.core.pipeline_parallel.schedules
-    import megatron.core.transformer.transformer_config  # noqa: F401
+    import megatron.core.transformer.transformer_config
 
 warnings.filterwarnings("ignore", message="full scope is deprecated", category=UserWarning)
 warnings.filterwarnings("ignore", message=".*is deprecated. Please use .torch.distributed", category=FutureWarning)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from esolm_megatron.model.last import LastBlock
+from esolm_megatron.model.last_block import LastBlock
 from esolm_megatron.model.transformer import Attend
 from esolm_megatron.objective.esolm import PackedBatch
 

@@ -22,7 +22,7 @@ from esolm_megatron.objective.esolm import Noised, OrderedRows, PackedBatch, mea
 from esolm_megatron.parallel import groups, pipeline, replicas, zero
 from esolm_megatron.parallel.context import own_share
 from esolm_megatron.parallel.gate import Gate
-from esolm_megatron.parallel.layers import megatron_config
+from esolm_megatron.parallel.megatron_layers import megatron_config
 from esolm_megatron.parallel.zero_state import ZeroState
 from esolm_megatron.topology import padded_vocab
 
@@ -106,7 +106,8 @@ class Engine:
         num_valid = self._over_replicas(staged.num_valid)
         scale = len(staged.shares) * self.topology.data_size  # the schedule and DeepSpeed take means
         with self.work:
-            kept = self._run(staged, pipeline.loss_outcome(num_valid, scale), forward_only=False)
+            outcome = pipeline.loss_outcome(num_valid, scale)
+            kept = self._run(staged, outcome, forward_only=False, num_valid=num_valid)
         if self.config.parallel.zero_stage < 2:  # the others are finished as they come
             zero.finish_gradients(self.config, self.chunks, self.state.gradients(), self.topology)
         self._own_loss = mean_loss(torch.stack(kept).double().sum(0), num_valid) if kept else num_valid.new_zeros(())
@@ -118,7 +119,7 @@ class Engine:
         pieces = [getattr(parameter, "ds_tensor", parameter) for parameter in whole]  # what ZeRO 3 leaves of it here
         return torch.stack([self._own_loss, replicas.fingerprint(pieces, self.device)])
 
-    def _run(self, staged: Staged, outcome: pipeline.Outcome, **options: bool) -> list[Tensor]:
+    def _run(self, staged: Staged, outcome: pipeline.Outcome, **options: Any) -> list[Tensor]:
         """`pipeline.run` on this rank's shares of micro-batches."""
         shares = [share.to(self.device) for share in staged.shares]
         through = self.deepspeed if self.config.parallel.zero_stage >= 2 else None

@@ -16,17 +16,20 @@ from esolm_megatron.config import Config
 from esolm_megatron.model.layers import Linears, PlainLinears
 from esolm_megatron.model.size import layers_of_stages
 from esolm_megatron.model.transformer import EsoLM, initialise
-from esolm_megatron.objective.esolm import PackedBatch, mean_loss, part_sums
+from esolm_megatron.objective.esolm import PackedBatch, mean_loss, part_sums, token_counts
 from esolm_megatron.parallel.context import ContextAttention, ContextLastBlock
-from esolm_megatron.parallel.layers import DTYPES, MegatronLinears
+from esolm_megatron.parallel.megatron_layers import DTYPES, MegatronLinears
 from esolm_megatron.topology import Topology, layers_of_chunk
 
 
 def build_chunks(config: Config, megatron: TransformerConfig, topology: Topology, device: torch.device) -> list[EsoLM]:
     """This stage's chunks of the network, initialised from config.seed."""
+    compiled = config.train.compile if config.train.compile is not None else device.type == "cuda"
     linears: Linears = MegatronLinears(megatron, topology, device)
-    if config.train.compile:  # megatron-core's layers are not one graph; without tensor ranks they are plain ones
-        linears = PlainLinears(DTYPES[config.train.precision], device)
+    # ZeRO 3 fetches weights around calls of modules, and megatron-core's layers are not one graph
+    apart = topology.tensor_size > 1 or config.parallel.zero_stage == 3
+    if compiled and not apart:
+        linears = PlainLinears(DTYPES[config.train.precision], device, pad_vocab=True)
     num_stages, num_chunks = topology.pipeline_size, config.parallel.virtual_pipeline_size
     stages = layers_of_stages(config)
     chunks = []
@@ -40,8 +43,8 @@ def build_chunks(config: Config, megatron: TransformerConfig, topology: Topology
             recompute=config.parallel.recompute,
         )
         initialise(model, config.seed)
-        if config.train.compile:
-            model.compile_blocks(cuda_graphs=config.train.cuda_graphs)
+        if compiled:
+            model.compile_blocks(cuda_graphs=config.train.cuda_graphs, apart=apart)
         # what megatron-core's schedules look up on a model
         model.config, model.model_type = megatron, ModelType.encoder_or_decoder  # type: ignore[assignment]
         model.vp_stage = chunk if num_chunks > 1 else None  # type: ignore[assignment]
@@ -79,12 +82,14 @@ def run(
     *,
     forward_only: bool,
     want_logits: bool = False,
+    num_valid: Tensor | None = None,
     through: Callable[..., Tensor] | None = None,
 ) -> list[Tensor]:
     """What `outcome` kept of each micro-batch, on the last stage; an empty list elsewhere.
 
     batches: this context rank's shares of micro-batches of one layout, on the device. Gradients are added up in the
-    parameters unless forward_only. through: called in a chunk's place where ZeRO gathers weights or cuts gradients.
+    parameters unless forward_only. num_valid: (2,) of the whole global batch, from which it
+    is known what each token counts. through: called in a chunk's place where ZeRO gathers weights or cuts gradients.
     """
     layout = batches[0].layout
 
@@ -99,6 +104,7 @@ def run(
             batch.attend if group is None else ContextAttention(batch.attend, group),
             places=batch.places,
             targets=None if want_logits else batch.targets,
+            counts=None if num_valid is None else token_counts(batch, num_valid),
             dropout_ids=None if forward_only else batch.dropout_ids,
             last=None if want_logits else batch.last if group is None else ContextLastBlock(batch.last, group),
         )

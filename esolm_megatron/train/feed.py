@@ -14,13 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from esolm_megatron.config import Config, ConfigError, UserError
-from esolm_megatron.config_sections import DataConfig
-from esolm_megatron.data.identity import changes
-from esolm_megatron.data.mixture import ONLY_SOURCE, first_difference, phases_of, sources_of
-from esolm_megatron.data.prefetch import Prefetch
-from esolm_megatron.data.shards import DataError
+from esolm_megatron.config import Config, ConfigError, DataConfig, UserError
+from esolm_megatron.data.shards.identity import changes
 from esolm_megatron.data.stream import Batch, TokenStream, ValidationSet
+from esolm_megatron.data.stream.mixture import ONLY_SOURCE, first_difference, phases_of, sources_of
+from esolm_megatron.data.stream.prefetch import Prefetch
+from esolm_megatron.errors import DataError
 from esolm_megatron.parallel.engine import Engine
 from esolm_megatron.train.guard import Guard, kept
 

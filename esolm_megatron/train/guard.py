@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from esolm_megatron.config_sections import GuardConfig
+from esolm_megatron.config.sections import GuardConfig
 from esolm_megatron.train.ending import write_json
 
 RECORD, EVENTS, REPORT = "guard.json", "events.jsonl", "report.json"

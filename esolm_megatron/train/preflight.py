@@ -10,8 +10,8 @@ import yaml
 from pydantic import ValidationError
 
 from esolm_megatron.config import Config, ConfigError, with_values, world_problems
-from esolm_megatron.data.mixture import sources_of
 from esolm_megatron.data.stream import TokenStream
+from esolm_megatron.data.stream.mixture import sources_of
 
 _FREE_TO_CHANGE = {
     "runs_dir": None,

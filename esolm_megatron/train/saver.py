@@ -26,8 +26,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from esolm_megatron import checkpoint
 from esolm_megatron.checkpoint import CheckpointError, Piece
+from esolm_megatron.checkpoint import folder as checkpoint
 from esolm_megatron.config import Config
 from esolm_megatron.topology import Topology
 

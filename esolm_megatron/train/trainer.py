@@ -14,18 +14,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from esolm_megatron import __version__, checkpoint
+from esolm_megatron import __version__
 from esolm_megatron.checkpoint import Checkpoint, CheckpointError
+from esolm_megatron.checkpoint import folder as checkpoint
 from esolm_megatron.config import Config, ConfigError, dump
-from esolm_megatron.data.cache import open_folder
-from esolm_megatron.data.mixture import sources_of
+from esolm_megatron.data.shards.shard_cache import open_folder
 from esolm_megatron.data.stream import Batch
+from esolm_megatron.data.stream.mixture import sources_of
 from esolm_megatron.model.size import flops_per_step, run_capacity
 from esolm_megatron.objective.esolm import Noised, document_numbers, draw_step, draw_validation, mean_loss
 from esolm_megatron.parallel.engine import Engine, Staged, StepResult
 from esolm_megatron.parallel.replicas import accusations, compared
 from esolm_megatron.train import preflight
-from esolm_megatron.train.ahead import Ahead
+from esolm_megatron.train.collate import Ahead
 from esolm_megatron.train.ending import Ending, mark, mark_running
 from esolm_megatron.train.feed import Feed, ValidationFeed
 from esolm_megatron.train.guard import Guard, batches_done

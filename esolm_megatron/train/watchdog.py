@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from esolm_megatron.config_sections import WatchdogConfig
+from esolm_megatron.config.sections import WatchdogConfig
 from esolm_megatron.train.ending import Ending, mark
 
 _MEDIAN_OF = 64

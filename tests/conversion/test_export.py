@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 
 from checkpoints_conversion.export import ExportError, export_run
 from checkpoints_conversion.probe import BOUNDS
-from esolm_megatron import checkpoint
 from esolm_megatron.checkpoint import CheckpointError, Piece
+from esolm_megatron.checkpoint import folder as checkpoint
 from esolm_megatron.config import check
 from esolm_megatron.model.attention import PackedAttention, PackedLayout
 from esolm_megatron.model.layers import PlainLinears

@@ -6,7 +6,7 @@ from ranks import run_ranks
 from truth import MODERN, REFERENCE, make_config, share_of_step
 
 from checkpoints_conversion.export import export_run
-from esolm_megatron import checkpoint
+from esolm_megatron.checkpoint import folder as checkpoint
 
 pytestmark = pytest.mark.gloo
 

@@ -10,11 +10,11 @@ import torch
 
 from checkpoints_conversion import autoregressive
 from checkpoints_conversion.probe import streamed_logits
-from esolm_megatron import checkpoint
 from esolm_megatron.checkpoint import Piece
+from esolm_megatron.checkpoint import folder as checkpoint
+from esolm_megatron.checkpoint.tensorfile import Entry, write_tensors
 from esolm_megatron.config import check
 from esolm_megatron.model.pretrained import parameter_shapes
-from esolm_megatron.tensorfile import Entry, write_tensors
 
 pytestmark = pytest.mark.slow
 

@@ -5,23 +5,31 @@ import torch
 from truth import MODERN, REFERENCE, make_config, plain_model, share_of_step
 
 from esolm_megatron.config import ConfigError
-from esolm_megatron.objective.esolm import mean_loss, part_sums
+from esolm_megatron.model import between
+from esolm_megatron.objective.esolm import mean_loss, part_sums, token_counts
 
 
 def loss_of(model, noised):
-    """The loss as the trainer computes it, the last block at places with loss only."""
+    """The loss as the trainer computes it: dropout, the last block at places with loss only."""
     (batch,) = noised.micro_batches
-    losses = model(batch.tokens, batch.positions, batch.attend, targets=batch.targets, last=batch.last)
+    counts = token_counts(batch, noised.num_valid)
+    losses = model(
+        batch.tokens, batch.positions, batch.attend, targets=batch.targets, counts=counts, dropout_ids=batch.dropout_ids,
+        last=batch.last,
+    )  # fmt: skip
     return mean_loss(part_sums(losses, batch), noised.num_valid)
 
 
-def graphs_of_steps(shape, **options):
+def graphs_of_steps(shape, *, recompute="none", **options):
     """Compares compiled with plain steps on batches with other numbers of masks; graphs that exist after each step."""
     torch._dynamo.reset()
+    between._compiled.cache_clear()
     counters = torch._dynamo.utils.counters
     counters.clear()
     config = make_config(shape | {"num_layers": 4, "seq_length": 40})
     plain, compiled = plain_model(config), plain_model(config)
+    for block in compiled.layers.values():
+        block.recompute_mlp = recompute == "selective"
     compiled.compile_blocks(backend="eager")  # compiling again starts from the block itself
     compiled.compile_blocks(**options)
     graphs, places = [], set()
@@ -40,28 +48,39 @@ def graphs_of_steps(shape, **options):
     return graphs
 
 
-@pytest.mark.parametrize("shape", [MODERN, REFERENCE], ids=["modern", "reference"])
-def test_two_graphs_for_all_blocks_and_one_for_the_last(shape):
-    """Before and after attention, and the latter again for the last block, whose number of tokens varies."""
-    assert graphs_of_steps(shape, backend="aot_eager") == [3, 3, 3, 3]
-
-
-@pytest.mark.parametrize("cuda_graphs", [False, True])
-def test_the_same_with_generated_code(cuda_graphs):
-    """On a CPU nothing is recorded, but the last block, which is compiled without, needs its graphs twice."""
-    assert graphs_of_steps(MODERN, cuda_graphs=cuda_graphs) == ([4, 4, 4, 4] if cuda_graphs else [3, 3, 3, 3])
+DROPPED = REFERENCE | {"dropout": 0.1}
 
 
 @pytest.mark.parametrize(
-    "other",
-    [{"parallel": {"zero_stage": 3}}, {"parallel": {"recompute": "selective"}}, {"parallel": {"tensor_size": 2}},
-     {"model": MODERN | {"dropout": 0.1}}],
+    ("shape", "options", "graphs"),
+    [
+        (MODERN, {}, 3),  # before and after attention, and the latter again for the last block, whose tokens vary
+        (REFERENCE, {}, 3),
+        (DROPPED, {}, 4),  # and the embedding's
+        (MODERN, {"recompute": "selective"}, 3),
+        (MODERN, {"apart": True}, 7),  # norm, activation and residual for all tokens and for some; heads
+        (DROPPED, {"apart": True}, 8),
+        (DROPPED, {"apart": True, "recompute": "selective"}, 8),
+    ],
     ids=str,
-)  # fmt: skip
-def test_what_does_not_go_with_it_is_refused(other):
-    with pytest.raises(ConfigError, match="train.compile = true"):
-        make_config(**{"train": {"compile": True}, **other})
-    make_config(**{"train": {"compile": False}, **other})
+)
+def test_few_graphs_for_all_blocks_and_none_anew(shape, options, graphs):
+    assert graphs_of_steps(shape, backend="aot_eager", **options) == [graphs] * 4
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "graphs"),
+    [
+        (MODERN, {}, 3),
+        (DROPPED, {"apart": True}, 8),
+        pytest.param(DROPPED, {}, 4, marks=pytest.mark.slow),
+        pytest.param(MODERN, {"cuda_graphs": True}, 4, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_the_same_with_generated_code(shape, options, graphs):
+    """On a CPU nothing is recorded, but the last block, which is compiled without, needs its graphs twice."""
+    assert graphs_of_steps(shape, **options) == [graphs] * 4
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from esolm_megatron.config import ModelConfig
+from esolm_megatron.inference import sample
 from esolm_megatron.model import products
 from esolm_megatron.model.layers import PlainLinears
 from esolm_megatron.model.products import FastProducts, has_onednn, matmul
 from esolm_megatron.model.transformer import EsoLM, initialise
-from esolm_megatron.sample import sample
 
 onednn = pytest.mark.skipif(not has_onednn(), reason="torch was built without oneDNN")
 BY_ONEDNN, COPY = "mkldnn::_linear_pointwise", "mkldnn::_reorder_linear_weight"

@@ -39,7 +39,8 @@ def test_parameters_are_those_of_the_real_network(values):
     ("layers", "first", "last"), [(range(2), True, False), (range(1, 2), False, False), (range(2, 3), False, True)]
 )
 def test_parameters_of_a_stage_are_those_of_the_real_stage(values, layers, first, last):
-    real = EsoLM(model(**values), PlainLinears(device="meta"), layers=layers, first=first, last=last)
+    linears = PlainLinears(device="meta", pad_vocab=True)
+    real = EsoLM(model(**values), linears, layers=layers, first=first, last=last)
     count = size.stage_parameters(model(**values), len(layers), first=first, last=last)
     assert count == sum(p.numel() for p in real.parameters())
 
@@ -50,8 +51,9 @@ def test_a_tensor_rank_holds_the_cut_parts_and_the_whole_ones(values):
     whole, part = size.stage_parameters(shape, 3), size.stage_parameters(shape, 3, tensor_size=5)
     vectors = {"layernorm": 2, "rmsnorm": 1}[shape.norm] * 60 * 7 + (3 * 60 if shape.mlp_bias else 0)
     vectors += 3 * 12 if shape.qk_norm else 0
-    padding = 4 * (2 * 60 + shape.output_bias)  # 101 rows become 105
+    padding = 4 * 128 * (2 * 60 + shape.output_bias)  # 101 rows become 128 of one rank, and of each of five
     assert 5 * part == whole + 4 * vectors + padding
+    assert whole == size.num_parameters(shape) + 27 * (2 * 60 + shape.output_bias)
 
 
 def test_capacity_holds_six_deviations_and_fits_the_layout():

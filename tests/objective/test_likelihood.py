@@ -7,8 +7,8 @@ import pytest
 import torch
 from parity import MASK, MODERN, Reference, fixture_path, load_case, random_model
 
+from esolm_megatron.inference.sampler import schedule_log_probs
 from esolm_megatron.objective.likelihood import importance_weighted, log_likelihood, ordered_batch
-from esolm_megatron.sample import schedule_log_probs
 
 
 def random_rows(model, rows, length):

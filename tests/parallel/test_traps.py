@@ -1,6 +1,6 @@
 """What megatron-core and DeepSpeed do wrong in silence (each trap was met), and that here the right thing happens.
 
-Layouts whose result would be wrong are refused: see tests/test_config.py, SILENT_TRAPS.
+Layouts whose result would be wrong are refused: see tests/config/test_tree.py, SILENT_TRAPS.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ WIDE = MODERN | {"num_heads": 8, "num_kv_heads": 4}
 
 def linears_of(config):
     from esolm_megatron.parallel import groups
-    from esolm_megatron.parallel.layers import MegatronLinears, megatron_config
+    from esolm_megatron.parallel.megatron_layers import MegatronLinears, megatron_config
 
     topology, device = groups.start(config)
     return MegatronLinears(megatron_config(config, device), topology, device), topology.tensor_rank
@@ -63,8 +63,8 @@ def split_losses(config):
     theirs = list(torch.autograd.grad((expected * weights).sum(), whole))
     theirs[1:] = [t.chunk(linears.tensor_size)[rank] for t in theirs[1:]]
     options = {"first_id": rank * size, "num_ids": max(51 - rank * size, 0), "over_ranks": linears.over_ranks}
-    for chunk, kept in ((10**6, 1), (3 * size, 2), (3 * size, 0)):
-        losses = predicted_losses(linears.copy_to_ranks(mine[0]), *mine[1:], targets, chunk=chunk, kept=kept, **options)
+    for chunk, counts in ((10**6, None), (10**6, weights), (3 * size, None), (3 * size, weights)):
+        losses = predicted_losses(linears.copy_to_ranks(mine[0]), *mine[1:], targets, counts, chunk=chunk, **options)
         found = torch.autograd.grad((losses * weights).sum(), mine)
         errors += [(losses - expected).abs().max().item()]
         errors += [(a - b).abs().max().item() for a, b in zip(found, theirs, strict=True)]

@@ -11,8 +11,8 @@ import yaml
 from conftest import CLUSTER, Login
 
 from esolm_megatron.config import ConfigError
-from esolm_megatron.launch.cluster_file import ClusterConfig, cluster_problems, load_cluster
-from esolm_megatron.launch.machine import srun_command
+from esolm_megatron.launch.executor import srun_command
+from esolm_megatron.launch.site import ClusterConfig, cluster_problems, load_cluster
 from esolm_megatron.launch.submit import sweep
 
 

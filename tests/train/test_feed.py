@@ -12,10 +12,11 @@ from data.shard_server import serving
 from ranks import run_ranks
 
 from esolm_megatron.config import ConfigError, check
-from esolm_megatron.data.order import Order
 from esolm_megatron.data.prepare import PrepareConfig, prepare
-from esolm_megatron.data.shards import DataError, ShardReader
+from esolm_megatron.data.shards import ShardReader
 from esolm_megatron.data.stream import TokenStream
+from esolm_megatron.data.stream.shuffle import Order
+from esolm_megatron.errors import DataError
 from esolm_megatron.train.feed import most_corrupt_rows
 
 pytestmark = pytest.mark.gloo

@@ -8,8 +8,8 @@ import torch
 from ranks import run_ranks
 from truth import make_config, share_of_step
 
-from esolm_megatron import checkpoint
-from esolm_megatron.config_sections import GuardConfig
+from esolm_megatron.checkpoint import folder as checkpoint
+from esolm_megatron.config.sections import GuardConfig
 from esolm_megatron.parallel.replicas import accusations, checksum, compared, verdict
 from esolm_megatron.topology import Topology
 from esolm_megatron.train.guard import Guard, Rollback, kept, spike

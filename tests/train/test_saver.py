@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from esolm_megatron import checkpoint
 from esolm_megatron.checkpoint import Checkpoint, CheckpointError, Piece, complete_steps, newest, step_folder
+from esolm_megatron.checkpoint import folder as checkpoint
 from esolm_megatron.config import check
 from esolm_megatron.train.saver import HostMemory, Saver
 

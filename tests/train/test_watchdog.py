@@ -13,7 +13,7 @@ import yaml
 from train.test_trainer import await_end_of_ranks, finish, ranks_of, start, state, tokens, tree
 
 from esolm_megatron.checkpoint import complete_steps
-from esolm_megatron.config_sections import WatchdogConfig
+from esolm_megatron.config.sections import WatchdogConfig
 from esolm_megatron.launch.local import verdict
 from esolm_megatron.train.ending import Ending, read
 from esolm_megatron.train.metrics import Stragglers, WallClock
@@ -141,7 +141,7 @@ def test_a_run_that_ends_well_leaves_no_stacks(tokens, tmp_path):
 STUCK = """
 import sys, time
 from pathlib import Path
-from esolm_megatron.config_sections import WatchdogConfig
+from esolm_megatron.config.sections import WatchdogConfig
 from esolm_megatron.train.watchdog import Watchdog
 config = WatchdogConfig(min_limit_s=0.4, step_factor=4, slow_limit_s=6)
 with Watchdog(config, Path(sys.argv[1]), 3) as watchdog:

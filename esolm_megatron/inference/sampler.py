@@ -1,0 +1,308 @@
+"""KV-cached sampling: plans, exact draws, and the log-probability of what was drawn.
+
+`decoding/` has the parts: a plan says which places each pass fills, the decoder runs the network over the passes, and
+`draw_tokens` picks tokens. Here they are put together, for all rows at once (`sample`) or for rows that come and go
+(`Sampler`). Random numbers are keyed by (seed, row, place): the same sample comes from every split of the rows into
+batches.
+
+Shapes: B rows, L places, S passes, M masks of a pass, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from esolm_megatron.inference.decoding.decoder import Decoder, decode
+from esolm_megatron.inference.decoding.draw import Draw, draw_tokens
+from esolm_megatron.inference.decoding.scheduler import Order, RowPlan, Schedule, plan_rows
+from esolm_megatron.inference.decoding.speculative import decode_verified
+from esolm_megatron.model.transformer import EsoLM
+from esolm_megatron.objective.likelihood import check_rows
+
+Watch = Callable[[int, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]], None]
+"""Called after each pass: (pass, rows (M,), positions (M,), tokens (M,)) of what it filled."""
+
+
+class Samples(tuple[Tensor, Tensor]):
+    """(tokens (B, L) int64, log_probs (B, L)), with how they were made.
+
+    log_probs: log-probability of each drawn token under the untempered model (temperature, top_p and so on aside), given
+    what its pass saw; 0 at prompt positions. A row's sum is the exact log p of the row under its order and schedule.
+    order: (B, L) int64, the position generated k-th, the prompt's first. ks: places filled by each pass; with schedules
+    of their own a list for each row, ended by zeros. num_forward_passes: passes through the network, each over a few
+    places of every row. saved: (B,) int64, places that were not generated because the row's text had ended before them.
+    """
+
+    order: Tensor
+    ks: list[Any]
+    num_forward_passes: int
+    saved: Tensor
+
+    def __new__(
+        cls,
+        tokens: Tensor,
+        log_probs: Tensor,
+        order: Tensor,
+        ks: Sequence[Any],
+        num_forward_passes: int | None = None,
+        saved: Tensor | None = None,
+    ) -> Samples:
+        """The two tensors as the tuple, the rest as attributes."""
+        samples = super().__new__(cls, (tokens, log_probs))
+        samples.order, samples.ks = order, list(ks)
+        samples.num_forward_passes = len(samples.ks) if num_forward_passes is None else num_forward_passes
+        samples.saved = torch.zeros(len(tokens), dtype=torch.int64) if saved is None else saved
+        return samples
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return self[0], self[1], self.order, self.ks, self.num_forward_passes, self.saved
+
+
+class Filled(NamedTuple):
+    """What a pass has made: rows (M,), positions (M,), tokens (M,), and the rows that are done now."""
+
+    rows: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+    done: list[int]
+
+
+class Sampler:
+    """Rows that are sampled together, each with its own length, order, pace and way of drawing; they come and go.
+
+    `add` a plan while `free` has rows, call `step` until the row is among those done, read its `result`, and `release`
+    it. fed, log_probs: (R, L), in the generation order. saved: (R,) as in `Samples`.
+    """
+
+    def __init__(self, model: EsoLM, num_rows: int, num_places: int):
+        device = model.embedding.weight.device
+        self.fed = torch.full((num_rows, num_places), model.shape.mask_id, device=device)
+        self.order, self.raw = (torch.zeros_like(self.fed) for _ in range(2))
+        self.log_probs = torch.zeros(num_rows, num_places, dtype=_wide(model), device=device)
+        self.mask_id, self.decoder = model.shape.mask_id, Decoder(model, self.fed, self.order)
+        self.plans: dict[int, RowPlan] = {}
+        self.free = list(range(num_rows))[::-1]
+        self.saved, self.ended_at = np.zeros(num_rows, np.int64), np.full(num_rows, num_places)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a row has passes left."""
+        return len(self.decoder.rows) > 0
+
+    def add(self, plan: RowPlan) -> int:
+        """Take a row in; returns its id."""
+        row, length, num_given = self.free.pop(), len(plan.order), len(plan.given)
+        self.plans[row] = plan
+        self.fed[row] = self.mask_id
+        self.fed[row, :num_given] = torch.from_numpy(plan.given)
+        self.order[row, :length] = torch.from_numpy(plan.order)
+        self.raw[row, :length] = torch.from_numpy(plan.raw)
+        self.log_probs[row] = 0
+        self.saved[row], self.ended_at[row] = 0, self.fed.shape[1]
+        self.decoder.add(row, plan.ks, num_given)
+        return row
+
+    def release(self, row: int) -> None:
+        """Let another row have this one's memory; a row that is not done is given up."""
+        if row in self.decoder.rows:
+            self.decoder.remove(row)
+        del self.plans[row]
+        self.free.append(row)
+
+    def result(self, row: int) -> tuple[Tensor, Tensor]:
+        """Tokens (L,) and log-probabilities (L,) of a row, by position."""
+        length = len(self.plans[row].order)
+        order = self.order[row, :length]
+        return tuple(_by_position(x[row, :length], order) for x in (self.fed, self.log_probs))  # type: ignore[return-value]
+
+    def step(self, watched: bool = True) -> Filled | None:
+        """One pass over all rows. Without `watched`, and where no row can stop early, nothing is read back: None."""
+        before = self.decoder.rows.copy()
+        rows, places = self.decoder.step(self._choose)
+        stopping = any(self.plans[row].stop_id is not None for row in before.tolist())
+        if not watched and not stopping:
+            return None
+        at = torch.from_numpy(rows).to(self.fed.device), torch.from_numpy(places).to(self.fed.device)
+        tokens, positions = (x[at].cpu().numpy() for x in (self.fed, self.order))
+        if stopping:
+            for row in self.ended(rows, positions, tokens, self.decoder.known):
+                self.decoder.remove(row)
+        done = [row for row in before.tolist() if row not in self.decoder.rows]
+        return Filled(rows, positions, tokens, done)
+
+    def _choose(self, logits: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+        draws = {row: self.plans[row].draw for row in self.decoder.rows.tolist()}
+        kinds = list(dict.fromkeys(draws.values()))
+        tokens = torch.empty_like(places)
+        for kind in kinds:
+            mine = slice(None)
+            if len(kinds) > 1:
+                mine = torch.tensor([draws[row] == kind for row in rows.tolist()], device=rows.device).nonzero()[:, 0]
+            at = rows[mine], places[mine]
+            held = self.fed[at[0]] if kind.repetition_penalty != 1 else None
+            tokens[mine], self.log_probs[at] = draw_tokens(logits[mine], self.raw[at], kind, held)
+        return tokens
+
+    def ended(
+        self,
+        rows: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        tokens: NDArray[np.int64],
+        known: NDArray[np.int64],
+    ) -> list[int]:
+        """The rows with places left whose places before the first end-of-text are all filled: the others are cut off.
+
+        rows, positions, tokens: (M,), what a pass has filled. known: (R,) places that hold tokens. The places left get
+        end-of-text.
+        """
+        found = []
+        stop_ids = np.array([self.plans[row].stop_id if self.plans[row].stop_id is not None else -1 for row in rows])
+        ends = tokens == stop_ids
+        np.minimum.at(self.ended_at, rows[ends], positions[ends])
+        for row in {row for row in rows.tolist() if self.ended_at[row] < self.fed.shape[1]}:
+            plan = self.plans[row]
+            left = plan.order[known[row] :]
+            if len(left) and (left > self.ended_at[row]).all():
+                assert plan.stop_id is not None
+                self.fed[row, known[row] : len(plan.order)] = plan.stop_id
+                self.saved[row] = len(left)
+                found.append(row)
+        return found
+
+
+@torch.inference_mode()
+def sample(
+    model: EsoLM,
+    num_samples: int,
+    length: int,
+    *,
+    alpha_0: float,
+    steps: int,
+    top_p: float = 1.0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
+    prompt: Tensor | None = None,
+    prompt_positions: Tensor | None = None,
+    schedule: Schedule = "binomial",
+    order: Order | Tensor = "random",
+    own_schedules: bool = False,
+    stop_id: int | None = None,
+    propose: int = 1,
+    passes: int = 1,
+    watch: Watch | None = None,
+    first_row: int = 0,
+) -> Samples:
+    """Sequences drawn from the model, with their log-probabilities.
+
+    steps: diffusion steps T; the 1 - alpha_0 of the places that they leave are filled from the left, one a pass.
+    prompt: (P,) or (B, P) ids at `prompt_positions`, (P,) or (B, P), by default the first P; it comes first in the
+    order, as given. order: a kind, of which "left_to_right" fills the diffusion steps' places from the left too; or
+    positions (L,) or (B, L), each once, which the steps take one after the other, the prompt's first. own_schedules: a
+    schedule drawn for each row; by default the rows share one. stop_id: id of end-of-text; a row ends once every place
+    before the first one drawn is filled, the places left are given the same id, and the text up to there is the one
+    that a full row would have. top_p, temperature, top_k, repetition_penalty: see `Draw`. propose: with the
+    first-hitting schedule, tokens that are proposed at once and verified in the next pass (`passes` = 1), or in one of
+    its own (2); the distribution stays that of one token a pass. watch: called after each pass. first_row: id of the
+    first sample, for batches that together are one call. Tokens and numbers are on the model's device.
+
+    Raises:
+        ValueError: an argument out of its range, said with the fix; or logits that are not numbers.
+    """
+    draw = Draw(temperature, top_p, top_k, repetition_penalty)
+    plans = plan_rows(
+        range(first_row, first_row + num_samples), length, mask_id=model.shape.mask_id, alpha_0=alpha_0, steps=steps,
+        seed=seed, draw=draw, prompt=prompt, prompt_positions=prompt_positions, schedule=schedule, order=order,
+        own_schedules=own_schedules, stop_id=stop_id,
+    )  # fmt: skip
+    sampler, count = Sampler(model, num_samples, length), 0
+    for plan in plans:
+        sampler.add(plan)
+    _check_proposals(propose, passes, schedule, draw)
+    if propose > 1:
+        count = decode_verified(
+            model, sampler.fed, sampler.order, sampler.log_probs, num_given=len(plans[0].given), propose=propose,
+            passes=passes, draw=draw, key=(seed,), first_row=first_row, watch=watch,
+            ended=None if stop_id is None else sampler.ended,
+        )  # fmt: skip
+    while propose == 1 and sampler.busy:
+        filled = sampler.step(watched=watch is not None)
+        if watch is not None and filled is not None:
+            watch(count, *filled[:3])
+        count += 1
+    if not bool(sampler.log_probs.isfinite().all()):
+        raise ValueError("the model's logits are not finite numbers: check its weights, or load it in a wider dtype")
+    order_BL = torch.from_numpy(np.stack([plan.order for plan in plans])).to(sampler.order.device)
+    ks: list[Any] = plans[0].ks
+    if own_schedules:
+        most = max(len(plan.ks) for plan in plans)
+        ks = [plan.ks + [0] * (most - len(plan.ks)) for plan in plans]
+    saved = torch.from_numpy(sampler.saved)
+    return Samples(
+        _by_position(sampler.fed, order_BL), _by_position(sampler.log_probs, order_BL), order_BL, ks, count, saved
+    )
+
+
+def _check_proposals(propose: int, passes: int, schedule: Schedule, draw: Draw) -> None:
+    if propose < 1 or passes not in (1, 2):
+        raise ValueError(f"propose = {propose}, passes = {passes}: propose at least 1 token, verified in 1 or 2 passes")
+    if propose == 1:
+        return
+    if schedule != "first_hitting":
+        raise ValueError(
+            f"schedule = {schedule!r}: verified proposals have the distribution of one token a pass; use "
+            "schedule='first_hitting', or propose=1"
+        )
+    if draw.repetition_penalty != 1:
+        raise ValueError(f"propose = {propose}: cannot be combined with repetition_penalty; use propose=1")
+
+
+def _wide(model: EsoLM) -> torch.dtype:
+    return torch.float64 if model.embedding.weight.dtype == torch.float64 else torch.float32
+
+
+def _by_position(in_order: Tensor, order: Tensor) -> Tensor:
+    return torch.empty_like(in_order).scatter_(-1, order, in_order)
+
+
+def schedule_log_probs(model: EsoLM, tokens: Tensor, order: Tensor, ks: ArrayLike, *, num_given: int = 0) -> Tensor:
+    """Log-probability (B, L) of each given token if it were drawn in this order with this schedule; no gradients.
+
+    tokens, order: (B, L) int64. ks: (S,) or (B, S), places filled by each step, the first `num_given` of the order
+    excepted, which are a prompt: known from the start, log-probability 0.
+
+    Raises:
+        ValueError: shapes differ, a row of `order` is no permutation, a token is outside the vocabulary, or the steps
+            do not add up to the places.
+    """
+    check_rows(tokens, order, model.shape.mask_id)
+    wanted, found = tokens.shape[1] - num_given, np.unique(np.sum(ks, axis=-1))
+    if not np.array_equal(found, [wanted]) or np.min(ks, initial=0) < 0:
+        raise ValueError(
+            f"ks: steps fill {', '.join(map(str, found))} places; they must be at least 0 each and fill the {wanted} places "
+            f"that {num_given} given ones leave of {tokens.shape[1]}"
+        )
+    in_order = tokens.gather(1, order)
+    log_probs = torch.zeros(tokens.shape, dtype=_wide(model), device=tokens.device)
+
+    def choose(logits: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+        chosen = in_order[rows, places]
+        log_probs[rows, places] = logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(-1)
+        return chosen
+
+    decode(model, in_order.clone(), order, ks, choose, num_given=num_given)
+    return _by_position(log_probs, order)
+
+
+def schedule_log_likelihood(
+    model: EsoLM, tokens: Tensor, order: Tensor, ks: ArrayLike, *, num_given: int = 0
+) -> Tensor:
+    """log p(tokens | order, schedule) of each row, exact, through the cached path: (B,). See `schedule_log_probs`."""
+    return schedule_log_probs(model, tokens, order, ks, num_given=num_given).sum(1)

@@ -1,0 +1,1 @@
+"""So that the tests of decoding find helpers of this folder."""
