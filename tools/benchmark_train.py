@@ -52,7 +52,7 @@ from esolm_megatron.model.transformer import EsoLM, initialise
 from esolm_megatron.objective.esolm import draw_diffusion, draw_sequential
 from esolm_megatron.parallel import pipeline
 from esolm_megatron.parallel.engine import Engine
-from esolm_megatron.train.ahead import Ahead
+from esolm_megatron.train.collate import Ahead
 from esolm_megatron.train.metrics import peak_flops
 from esolm_megatron.train.trainer import noising
 
@@ -126,24 +126,29 @@ def config_of(size: str, alpha_0: float, option: str, rows: int | None, device: 
     return with_values(config, model={"num_layers": max(layers, 1)})
 
 
+LARGE = 5e8
+"""Parameters from which weights are drawn on the device: a run draws them on the host, which takes half a minute and more."""
+
+
+@torch.no_grad()
+def drawn_there(model: EsoLM, seed: int) -> None:
+    """Fill a model on its device; rows that pad the vocabulary stay 0."""
+    generator = torch.Generator(model.embedding.weight.device).manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.fill_("norm" in name and name.endswith("weight"))
+            continue
+        whole = parameter[: model.shape.vocab] if name in ("embedding.weight", "head.weight") else parameter
+        parameter.zero_()
+        whole.copy_(torch.randn(whole.shape, generator=generator, device=whole.device) * model.shape.init_std)
+
+
 @contextlib.contextmanager
-def quick_weights(config: Config) -> Iterator[Callable[[EsoLM, int], None]]:
-    """How a model is filled: as a run fills it, but on the device where that would take a minute of a GPU's."""
-    if config.train.device == "cpu" or num_parameters(config.model) < 5e8:
-        yield initialise
-        return
-
-    @torch.no_grad()
-    def drawn_there(model: EsoLM, seed: int) -> None:
-        generator = torch.Generator("cuda").manual_seed(seed)
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, config.model.init_std, generator=generator)
-            else:
-                parameter.fill_("norm" in name and name.endswith("weight"))
-
-    with mock.patch.object(pipeline, "initialise", drawn_there):
-        yield drawn_there
+def filling(config: Config) -> Iterator[Callable[[EsoLM, int], None]]:
+    """How a model is filled, ours and the baselines' alike."""
+    fill = initialise if num_parameters(config.model) < LARGE else drawn_there
+    with mock.patch.object(pipeline, "initialise", fill):
+        yield fill
 
 
 class RandomRows:
@@ -172,7 +177,7 @@ class Ours:
 
     def __init__(self, config: Config, kind: str = "ours"):
         self.config, self.count = config, 0
-        with quick_weights(config):
+        with filling(config):
             self.engine = Engine(config)
         self.parameters = [owned.parameter for owned in self.engine.owned]
         make = noising(config, self.engine)
@@ -229,7 +234,7 @@ class Baseline:
         self.config, self.shape, self.count = config, config.model, 0
         gpu = config.train.device == "cuda"
         self.device = torch.device(config.train.device)
-        with quick_weights(config) as fill:
+        with filling(config) as fill:
             self.model = EsoLM(self.shape, PlainLinears(torch.bfloat16 if gpu else torch.float32, self.device))
             fill(self.model, config.seed)
         self.parameters = list(self.model.parameters())

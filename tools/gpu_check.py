@@ -112,7 +112,6 @@ def train(ask: Ask) -> list[Job]:
     ]
     run += [
         f"model.vocab_size={vocab + 1}",
-        "model.dropout=0",
         f"optim.lr={1e-2 if tiny else 1e-3}",
         "optim.warmup_steps=5",
         "optim.ema_decay=0.9",
