@@ -19,6 +19,8 @@ import gpu_check
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--device", "cpu", "--size", "tiny"]
+PATIENT = ["--budget", "3000"]
+"""The budgets are a GPU's; here many processes may share two cores."""
 
 
 def started(*words):
@@ -37,12 +39,13 @@ def runs_of(file):
 def whole(tmp_path_factory):
     """(status, output, file) of a run of all parts."""
     file = tmp_path_factory.mktemp("gpu") / "found.json"
-    process = started(*TINY, "--json", file)
+    process = started(*TINY, *PATIENT, "--json", file)
     said, _ = process.communicate()
     return process.returncode, said, file
 
 
 @pytest.mark.end_to_end
+@pytest.mark.timeout(900)
 def test_every_part_leaves_results(whole):
     status, said, file = whole
     assert status == 0, said
@@ -71,11 +74,12 @@ def test_every_part_leaves_results(whole):
 
 
 @pytest.mark.end_to_end
+@pytest.mark.timeout(900)
 def test_parts_that_are_cut_or_die_leave_what_they_had_and_the_next_ones_run(whole):
     file = whole[2]
     before = runs_of(file)
-    process = started("tests", "train", "sample", *TINY, "--budget", "tests=1.5", "--json", file)
-    until = time.monotonic() + 200
+    process = started("tests", "train", "sample", *TINY, *PATIENT, "--budget", "tests=1.5", "--json", file)
+    until = time.monotonic() + 800
     while time.monotonic() < until and process.poll() is None:
         run = runs_of(file)[-1]
         parts = {part["part"]: part for part in run["parts"]}
@@ -94,7 +98,7 @@ def test_parts_that_are_cut_or_die_leave_what_they_had_and_the_next_ones_run(who
     tests, train, sample = run["parts"]
     assert (tests["state"], train["state"], sample["state"]) == ("cut", "failed", "done"), said
     assert "its budget of 1.5 s was spent" in tests["error"]
-    assert 1 < tests["seconds"] < 12
+    assert 1 < tests["seconds"] < 60
     assert train["error"].startswith("train was killed by signal 9")
     assert [row["stage"] for row in train["results"]] == ["corpus", "tokenizer", "prepare", "train"]
     assert len(sample["results"]) == 14

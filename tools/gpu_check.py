@@ -17,6 +17,7 @@ import argparse
 import datetime
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -34,15 +35,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 ROOT = Path(__file__).parent.parent
 BUDGETS = {"tests": 75, "train": 105, "step": 165, "sample": 80, "profile": 55}
 """Seconds of each part on one H200: tests and train together 3 minutes, all of them 8."""
 GRACE_S = 3.0
 """Seconds from asking a process to end to killing it."""
-CONSOLE = Console(stderr=True, width=130)
 Row = dict[str, Any]
 
 
@@ -401,6 +398,10 @@ COLUMNS: dict[str, list[str]] = {
 
 def show(entry: Row) -> None:
     """A part's table, and how it ended."""
+    from rich.console import Console  # imported when it is known to be there
+    from rich.table import Table
+
+    console = Console(stderr=True, width=130)
     title = f"{entry['part']}: {entry['state']}, {entry['seconds']:.0f} of {entry['budget_s']:.0f} s"
     rows, columns = entry["results"], COLUMNS.get(entry["part"], [])
     if entry["part"] == "profile":
@@ -412,9 +413,9 @@ def show(entry: Row) -> None:
     for row in rows:
         if any(name in row for name in columns):
             table.add_row(*(told(row.get(name)) for name in columns))
-    CONSOLE.print(table)
+    console.print(table)
     for line in [*(row["missed"] for row in rows if "missed" in row), *entry.get("error", "").splitlines()[:31]]:
-        CONSOLE.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
 
 
 def told(value: Any) -> str:
@@ -500,8 +501,9 @@ def how_to_bring(missing: list[str]) -> str:
 
 
 def bring(folder: Path, target: Path) -> None:
-    """Unpack the wheels of a folder beside this run, all but those of torch itself and of the numpy that is there."""
-    own = re.compile(r"^(torch|triton|numpy|nvidia[\w]*|cuda[\w]*)-")
+    """Unpack the wheels of a folder beside this run, all but those of torch itself and of a numpy that torch has already."""
+    there = "|numpy" if importlib.util.find_spec("numpy") else ""
+    own = re.compile(rf"^(torch|triton|nvidia\w*|cuda\w*{there})-")
     wheels = [str(path) for path in sorted(folder.glob("*.whl")) if not own.match(path.name)]
     command = [
         sys.executable,
@@ -667,9 +669,7 @@ def main() -> int:
         slug = re.sub(r"[^a-z0-9]+", "-", head["device"].lower()).strip("-")
         file = args.json or ROOT / "docs" / "gpu" / f"{slug}-{head['date'][:10]}.json"
         record = Record(file, head)
-        CONSOLE.print(
-            f"{head['device']}, torch {head['torch']}, kernels: {head['kernels']}; writing {file}", highlight=False
-        )
+        print(f"{head['device']}, torch {head['torch']}, kernels: {head['kernels']}; writing {file}", file=sys.stderr)
         try:
             for part in args.parts:
                 show(run_part(part, PARTS[part](ask), args.seconds[part], record, environment))
