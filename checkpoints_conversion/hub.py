@@ -14,7 +14,7 @@ from typing import Any
 
 from esolm_megatron import __version__
 from esolm_megatron.config import ModelConfig
-from esolm_megatron.data.tokenizer import EOS, MASK_TEXT
+from esolm_megatron.data.tokenizer import MASK_TEXT, Tokenizer, load_tokenizer
 
 PACKAGE = "esolm_megatron"
 MODELING, CONFIGURATION = f"{PACKAGE}.huggingface.modeling_esolm", f"{PACKAGE}.huggingface.configuration_esolm"
@@ -41,39 +41,38 @@ def files(
     config: ModelConfig, alpha_0: float, facts: Mapping[str, Any], tokenizer_folder: str | Path | None
 ) -> dict[str, str]:
     """File name -> text of everything but weights, config.json and the tokenizer's own files."""
-    out, eos = code(), None
-    definition = None if tokenizer_folder is None else Path(tokenizer_folder) / "tokenizer.json"
-    if definition is not None and definition.is_file():
-        tokens = _tokens(definition)
-        names: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.seq_length}
-        names["clean_up_tokenization_spaces"] = False
-        if EOS in tokens:
-            names["eos_token"], eos = EOS, tokens[EOS]
-        if tokens and max(tokens.values()) + 1 == config.mask_id:  # only then does a new token get the mask's id
-            names["mask_token"] = MASK_TEXT
-        out["tokenizer_config.json"] = _json(names)
-    generation = {
-        "mask_token_id": config.mask_id,
-        "eos_token_id": eos,
-        "max_length": config.seq_length,
-        "alpha_0": alpha_0,
-    }
-    out["generation_config.json"] = _json({name: value for name, value in generation.items() if value is not None})
+    out = code()
+    generation: dict[str, Any] = {"mask_token_id": config.mask_id, "max_length": config.seq_length, "alpha_0": alpha_0}
+    if tokenizer_folder is not None and (Path(tokenizer_folder) / "tokenizer.json").is_file():
+        tokenizer = load_tokenizer(tokenizer_folder)
+        # what transformers encodes is what training encoded: no begin token, which a template would add
+        out["tokenizer.json"] = json.dumps(tokenizer.bare_definition(), ensure_ascii=False) + "\n"
+        out["tokenizer_config.json"] = _json(_tokenizer_config(config, tokenizer, Path(tokenizer_folder)))
+        generation |= {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
+    out["generation_config.json"] = _json(generation)
     out["README.md"] = card(config, alpha_0, facts)
     return out
 
 
+def _tokenizer_config(config: ModelConfig, tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
+    """The folder's own fields (a chat template, say), and in any case those that `transformers` needs, as training has them."""
+    path = folder / "tokenizer_config.json"
+    own = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    own = {name: value for name, value in own.items() if name not in ("auto_map", "add_bos_token", "add_eos_token")}
+    names: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config.seq_length,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": tokenizer.end_of_text,
+        "pad_token": own.get("pad_token") or tokenizer.end_of_text,
+    }
+    if tokenizer.vocab_size == config.mask_id:  # only then does a new token get the mask's id
+        names["mask_token"] = MASK_TEXT
+    return own | names
+
+
 def _json(tree: Any) -> str:
     return json.dumps(tree, indent=1) + "\n"
-
-
-def _tokens(definition: Path) -> dict[str, int]:
-    """Ids of a tokenizer.json's tokens; empty where its vocabulary is no table."""
-    try:
-        tree = json.loads(definition.read_bytes())
-        return dict(tree["model"]["vocab"]) | {t["content"]: t["id"] for t in tree.get("added_tokens", [])}
-    except (ValueError, KeyError, TypeError):
-        return {}
 
 
 def code() -> dict[str, str]:

@@ -66,7 +66,8 @@ class Encoder:
 class Tokenizer:
     """Text to token ids and back.
 
-    `vocab_size` counts the tokens without the mask; `vocab_size` itself is the mask's id. `eos_id` ends each document.
+    `vocab_size` counts the tokens without the mask; `vocab_size` itself is the mask's id. `eos_id`, whose text is
+    `end_of_text`, ends each document.
     `fingerprint` is the sha256 of the definition, and of the end-of-text token unless that is <|endoftext|>. Text is only
     ever text: a document that spells out a special token does not get its id.
     """
@@ -94,7 +95,7 @@ class Tokenizer:
                 f"{', '.join(sorted(near)[:8]) or 'none'}; name one by end_of_text, or add {EOS!r} to tokenizer.json"
             )
         self.eos_id: int = vocab[end_of_text]
-        self._end_of_text = end_of_text
+        self.end_of_text = end_of_text
         if self.eos_id in self._engine.encode(end_of_text, add_special_tokens=False).ids:
             raise TokenizerError(
                 f"{source}: {end_of_text!r} is an ordinary token, which a text may hold, and cannot end one; name a special "
@@ -127,13 +128,18 @@ class Tokenizer:
             run = []
         return "".join([*parts, self._engine.decode(run, skip_special_tokens=False)])
 
+    def bare_definition(self) -> dict[str, Any]:
+        """The tree of a tokenizer.json by which any library encodes as `encode` does, adding no tokens around a text."""
+        added = self._engine.encode("a").ids != self._engine.encode("a", add_special_tokens=False).ids
+        return {**self._definition, "post_processor": None} if added else self._definition
+
     def save(self, folder: str | Path) -> Path:
         """Path of the tokenizer.json written into `folder`; loading it gives the same fingerprint."""
         path = Path(folder) / "tokenizer.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(self._canonical + b"\n")
-        if self._end_of_text != EOS:
-            names = json.dumps({"eos_token": self._end_of_text}, ensure_ascii=False)
+        if self.end_of_text != EOS:
+            names = json.dumps({"eos_token": self.end_of_text}, ensure_ascii=False)
             path.with_name("tokenizer_config.json").write_text(names + "\n", encoding="utf-8")
         return path
 

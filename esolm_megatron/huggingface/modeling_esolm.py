@@ -42,6 +42,19 @@ class EsoLMForMaskedLM(PreTrainedModel):
         """The token embedding."""
         return self.embedding
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: object, **options: object) -> nn.Module:
+        """The embedding as it is.
+
+        Raises:
+            ValueError: another size than that of the vocabulary, whose last id is the mask.
+        """
+        if new_num_tokens not in (None, self.config.vocab):
+            raise ValueError(
+                f"new_num_tokens = {new_num_tokens}: the vocabulary has {self.config.vocab} ids, of which the last is the mask and "
+                "must stay so; train with a tokenizer that has the new tokens"
+            )
+        return self.embedding
+
     def forward(
         self,
         input_ids: Tensor,
@@ -49,6 +62,7 @@ class EsoLMForMaskedLM(PreTrainedModel):
         order: Tensor | None = None,
         positions: Tensor | None = None,
         labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **_: object,
     ) -> MaskedLMOutput:
         """Logits (B, L, V) in the order of `input_ids`, with minus infinity for the mask token.
@@ -56,7 +70,8 @@ class EsoLMForMaskedLM(PreTrainedModel):
         input_ids: (B, L), places to predict hold `config.mask_id`. order: (B, L), order[b, k] is the place that is generated
         k-th; a token sees those up to it in the order. By default the clean tokens come first, then the masks, both from
         left to right, and last what `attention_mask` leaves out. positions: (B, L), 0 to L - 1 by default.
-        labels: (B, L), -100 where there is no loss; the loss is the mean over the others.
+        labels: (B, L), -100 where there is no loss; the loss is the mean over the others. num_items_in_batch: what the sum
+        is divided by instead, so that micro-batches of a step add up to its mean (transformers' Trainer passes it).
         """
         batch, length = input_ids.shape
         if order is None:
@@ -68,5 +83,9 @@ class EsoLMForMaskedLM(PreTrainedModel):
         attend = PackedAttention(PackedLayout(length, batch))
         logits = self._network(input_ids.gather(1, order).flatten(), places.flatten(), attend).view(batch, length, -1)
         logits = logits.gather(1, order.argsort(dim=1)[..., None].expand_as(logits))
-        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+        loss = None
+        if labels is not None:
+            how = "mean" if num_items_in_batch is None else "sum"
+            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction=how)
+            loss = loss if num_items_in_batch is None else loss / num_items_in_batch
         return MaskedLMOutput(loss=loss, logits=logits)

@@ -100,7 +100,7 @@ def save_model(
 
     tensors: every parameter as (name, whole tensor), or a function of the name, which is called for one at a time.
     dtype: stored type, or one for each name. tokenizer_folder: its tokenizer files are copied. extra: file name -> text of
-    more files; a tokenizer's own files win over them. extra_config: more fields for config.json. shard_bytes: size of a
+    more files, which win over a tokenizer's own. extra_config: more fields for config.json. shard_bytes: size of a
     weight file. check: called with the finished folder before it gets its name; what it raises leaves nothing behind.
     source: JSON that tells where the tensors come from. With it, a process that is killed leaves `.NAME.partial`, and the
     next call that writes the same thing goes on after its last whole weight file.
@@ -132,10 +132,10 @@ def save_model(
         with _partial(
             out, None if source is None else [tree, [[vars(e) for e in s] for s in shards], source]
         ) as partial:
-            for name, text in (extra or {}).items():
-                (partial / name).write_text(text, encoding="utf-8")
             for path in tokenizer:
                 shutil.copyfile(path, partial / path.name)
+            for name, text in (extra or {}).items():
+                (partial / name).write_text(text, encoding="utf-8")
             write_json(partial / CONFIG, tree)
             written = _write_shards(partial, shards, read, progress)
             others = [path for path in sorted(partial.iterdir()) if path.name not in written and path.name[0] != "."]

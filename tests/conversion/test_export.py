@@ -11,6 +11,7 @@ from checkpoints_conversion.probe import BOUNDS
 from esolm_megatron.checkpoint import CheckpointError, Piece
 from esolm_megatron.checkpoint import folder as checkpoint
 from esolm_megatron.config import check
+from esolm_megatron.data.tokenizer import load_tokenizer
 from esolm_megatron.model.attention import PackedAttention, PackedLayout
 from esolm_megatron.model.layers import PlainLinears
 from esolm_megatron.model.pretrained import (
@@ -90,7 +91,7 @@ def make_run(run, step=3, kinds=("weight", "ema"), precision="fp32", change=None
     }
     checkpoint.commit(staging, checkpoint.step_folder(run, step), manifest, 3, probe)
     (run / "tokenizer").mkdir(exist_ok=True)
-    (run / "tokenizer" / "tokenizer.json").write_text('{"model": 1}')
+    load_tokenizer("bytes").save(run / "tokenizer")
     (run / "tokenizer" / "notes.bin").write_text("not copied")
     return models
 
