@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,17 @@ def test_the_product_is_stepped_as_the_trainer_steps_it():
     assert ours.ahead.drawn == 3
     assert any(not torch.equal(a, b) for a, b in zip(before, ours.engine.state.ema, strict=True))
     ours.close()
+
+
+def test_the_memory_of_a_case_is_given_back():
+    ours = steps_of("ours", 0.5)
+    ours.step()
+    parts = [ours.engine, ours.engine.deepspeed, ours.engine.deepspeed.optimizer, ours.engine.chunks[0]]
+    kept = [weakref.ref(part) for part in parts]
+    ours.close()
+    del ours, parts
+    benchmark.free_memory(CPU)
+    assert [part() for part in kept] == [None] * 4
 
 
 def test_losses_that_differ_are_told():

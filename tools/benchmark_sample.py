@@ -15,7 +15,7 @@ Steps: T diffusion steps of the paper's schedule, or "one": one token a pass. Al
 On a CPU methods take turns, and the best of --repeats counts; on a GPU ours comes first, in all cells, called twice in each
 because shapes are recorded in the first call, and a baseline that has taken 4 times ours is stopped: its cost is then a lower
 bound. --budget: seconds after which no cell is begun. --bars: first the cells that have a bar, without `uncached`; exits with
-1 where one is missed. --profile: tables of the kernels of ours instead, of a mean pass of each cell.
+1 where one is missed. --bar-cells: the same cells, not judged. --profile: tables of the kernels of ours instead, of a mean pass of each cell.
 """
 
 import argparse
@@ -302,13 +302,14 @@ def main() -> int:
     grammar.add_argument("--repeats", type=int, default=1)
     grammar.add_argument("--budget", type=float, default=1e9)
     grammar.add_argument("--bars", action="store_true")
+    grammar.add_argument("--bar-cells", action="store_true")
     grammar.add_argument("--json", type=Path)
     grammar.add_argument("--profile", action="store_true")
     grammar.add_argument("--top", type=int, default=40, help="kernels of a table in the JSON (default: 40)")
     args = grammar.parse_args()
     device = torch.device(args.device)
     bars = GPU_BARS if device.type == "cuda" else TOY_BARS if args.shape == "toy" else CPU_BARS
-    cells = {key: ["ours", "loop", "ar"] for key in bars} if args.bars else {}
+    cells = {key: ["ours", "loop", "ar"] for key in bars} if args.bars or args.bar_cells else {}
     for key in [(b, n, t) for n in args.length for b in args.batch for t in args.steps]:
         cells.setdefault(key, args.methods)
     config = ModelConfig(seq_length=max(key[1] for key in cells), **SHAPES[args.shape])

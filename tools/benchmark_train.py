@@ -33,7 +33,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from unittest import mock
 
 import numpy as np
@@ -192,8 +192,9 @@ class Ours:
         return result.loss, result.grad_norm
 
     def close(self) -> None:
-        """Leave the run, so that another engine can be made."""
+        """Leave the run, so that another engine can be made; DeepSpeed's hooks would keep the memory of this one."""
         self.ahead.__exit__(None, None, None)
+        self.engine.deepspeed.destroy()
         self.engine.close()
 
 
@@ -222,9 +223,13 @@ class Streams(NamedTuple):
     targets: Tensor
     weights: Tensor
 
+    def pinned(self) -> "Streams":
+        """A copy that a GPU can take beside other work."""
+        return Streams(*(x.pin_memory() for x in self))
+
     def to(self, device: torch.device) -> "Streams":
         """A copy there."""
-        return Streams(*(x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x for x in self))
+        return Streams(*(x.to(device, non_blocking=True) for x in self))
 
 
 class Baseline:
@@ -249,8 +254,12 @@ class Baseline:
         clean, masks = order[:, None] >= order, order[:, None] > order
         eye = torch.eye(length, dtype=torch.bool, device=self.device)
         self.seen = torch.cat([torch.cat([clean, ~(clean | True)], 1), torch.cat([masks, eye], 1)])
-        feed: Any = RandomRows(config)
-        self.ahead: Ahead[list[Streams]] = Ahead(feed, 0, getattr(self, kind))
+        make, feed = getattr(self, kind), cast(Any, RandomRows(config))
+
+        def made(batch: Batch, step: int) -> list[Streams]:
+            return [x.pinned() if gpu else x for x in make(batch, step)]
+
+        self.ahead = Ahead(feed, 0, made)
 
     def step(self) -> tuple[float, float]:
         """Loss and gradient norm of the next optimizer step."""

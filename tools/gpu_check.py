@@ -55,12 +55,15 @@ class Job:
 
 @dataclass
 class Ask:
-    """What is asked: of which device, at which size, with which bars. work: a folder for what is thrown away."""
+    """What is asked: of which device, at which size, with which bars. work: a folder for what is thrown away.
+    seconds: the budget of each part.
+    """
 
     device: str
     tiny: bool
     bars: bool
     work: Path
+    seconds: dict[str, float]
 
     @property
     def rough(self) -> str:
@@ -210,19 +213,24 @@ def benchmark(ask: Ask, name: str, tool: str, *words: str) -> Job:
     return Job(name, command, rows_in(file))
 
 
+def begun_within(ask: Ask, part: str) -> list[str]:
+    """Nothing is begun when most of a budget is spent, so that what was got is judged before the rest is."""
+    return ["--budget", f"{0.8 * ask.seconds[part]:g}"]
+
+
 def step(ask: Ask) -> list[Job]:
     """Training steps, those with a bar first."""
     sizes = ["--sizes", "tiny", "--alphas", "1,0.25", "--steps", "2", "--no-peaks"] if ask.tiny else []
-    return [benchmark(ask, "step", "benchmark_train", *sizes, *["--bars"] * ask.bars)]
+    return [benchmark(ask, "step", "benchmark_train", *sizes, *begun_within(ask, "step"), *["--bars"] * ask.bars)]
 
 
 def sample(ask: Ask) -> list[Job]:
     """The sampler; the cells that have a bar."""
-    cells = ["--shape", "tiny", "--batch", "1", "4", "--length", "32", "--steps", "8", "one"]
-    if not ask.tiny:
-        cells = ["--batch", "1", "512", "--length", "1024", "--steps", "16"]
-        cells = ["--batch", "--bars"] if ask.bars else cells
-    return [benchmark(ask, "sample", "benchmark_sample", "--dtype", ask.rough, *cells)]
+    cells = ["--batch", "--bars" if ask.bars else "--bar-cells"]
+    if ask.tiny:
+        cells = ["--shape", "tiny", "--batch", "1", "4", "--length", "32", "--steps", "8", "one"]
+    words = ["--dtype", ask.rough, *cells, *begun_within(ask, "sample")]
+    return [benchmark(ask, "sample", "benchmark_sample", *words)]
 
 
 def profile(ask: Ask) -> list[Job]:
@@ -645,7 +653,7 @@ def main() -> int:
     args = arguments()
     signal.signal(signal.SIGTERM, interrupted)
     with tempfile.TemporaryDirectory(prefix="gpu_check_") as folder:
-        ask = Ask(args.device, args.size == "tiny", args.bars, Path(folder))
+        ask = Ask(args.device, args.size == "tiny", args.bars, Path(folder), args.seconds)
         environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
         paths = [str(ROOT), environment.get("PYTHONPATH", "")]
         if args.wheels and missing_wheels():
