@@ -15,7 +15,8 @@ Steps: T diffusion steps of the paper's schedule, or "one": one token a pass. Al
 On a CPU methods take turns, and the best of --repeats counts; on a GPU ours comes first, in all cells, called twice in each
 because shapes are recorded in the first call, and a baseline that has taken 4 times ours is stopped: its cost is then a lower
 bound. --budget: seconds after which no cell is begun. --bars: first the cells that have a bar, without `uncached`; exits with
-1 where one is missed. --bar-cells: the same cells, not judged. --profile: tables of the kernels of ours instead, of a mean pass of each cell.
+1 where one is missed. --bar-cells: the same cells, not judged. --profile: tables of the kernels of ours instead, of a mean pass
+of each cell.
 """
 
 import argparse
