@@ -84,6 +84,15 @@ def test_losses_that_differ_are_told():
     assert benchmark.differences([row, other | {"kind": "ar"}, other | {"option": "compile+dropout"}], CPU) == []
 
 
+def test_a_ratio_is_that_of_turns():
+    """Of five turns, the machine is slower in some; medians alone would say 3."""
+    row, other = (
+        {"each": [1.0, 1.0, 1.0, 2.0, 2.0], "cpu_seconds": 1.0},
+        {"each": [1.5, 3.0, 3.0, 3.0, 3.0], "cpu_seconds": 3.0},
+    )
+    assert benchmark.times(other, row, CPU) == 1.5
+
+
 def test_bars_that_were_not_measured_are_missed():
     cell = {"kind": "ours", "size": "124m", "alpha_0": 1.0, "option": "compile", "tokens_per_second": 6.1e5}
     refused = cell | {"option": "compile+dropout", "refused": "train.compile = true: does not go with dropout"}
