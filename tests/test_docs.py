@@ -33,6 +33,16 @@ NOT_RUN = {
     "bash tools/quickstart.sh --runs runs/longer train.num_steps=2000": "minutes of training",
     "bash tools/test.sh": "runs these tests",
     "pip install torch": INSTALLS,
+    **dict.fromkeys(
+        [
+            "bash tools/gpu_check.sh",
+            "bash tools/gpu_check.sh tests train",
+            "bash tools/gpu_check.sh step sample --bars",
+            "bash tools/gpu_check.sh --wheels wheels",
+        ],
+        "needs a GPU; tests/test_gpu_check.py runs it on a CPU",
+    ),
+    "bash tools/gpu_check.sh --device cpu --size tiny": "tests/test_gpu_check.py runs it",
     "pip install -e '.[train]'": INSTALLS,
     "pip install -e '.[train,slurm]'": INSTALLS,
     **dict.fromkeys(

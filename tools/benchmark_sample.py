@@ -2,8 +2,7 @@ r"""Sampling against three baselines in one run: how many tokens a second, and C
 
     python tools/benchmark_sample.py                         # 124M on a CPU, some minutes
     python tools/benchmark_sample.py --shape toy --batch 1 16 --length 256 --steps 16 one
-    python tools/benchmark_sample.py --device cuda --dtype bf16 --bars --batch 1 16 128 512 --length 256 1024 8192 \
-        --steps 16 64 256 one --budget 400                   # under 8 minutes
+    python tools/benchmark_sample.py --device cuda --dtype bf16 --bars --batch --budget 80
 
 Baselines, of the same random weights, written here:
 
@@ -13,8 +12,11 @@ Baselines, of the same random weights, written here:
     ar        the same network left to right, one fed row a token, with our cache, products and draws
 
 Steps: T diffusion steps of the paper's schedule, or "one": one token a pass. All methods draw from the whole distribution.
-Methods take turns, the best of --repeats counts. --budget: seconds after which no cell is begun. --bars: first the cells that
-have a bar, without `uncached`; exits with 1 where one is missed.
+On a CPU methods take turns, and the best of --repeats counts; on a GPU ours comes first, in all cells, called twice in each
+because shapes are recorded in the first call, and a baseline that has taken 4 times ours is stopped: its cost is then a lower
+bound. --budget: seconds after which no cell is begun. --bars: first the cells that have a bar, without `uncached`; exits with
+1 where one is missed. --bar-cells: the same cells, not judged. --profile: tables of the kernels of ours instead, of a mean pass
+of each cell.
 """
 
 import argparse
@@ -22,12 +24,13 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from profiled import kernel_rows, kernel_table, parts_of, shortened
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -44,17 +47,23 @@ from esolm_megatron.model.transformer import EsoLM, initialise
 
 SHAPES = {
     "124m": {"num_layers": 12, "hidden_size": 768, "num_heads": 12, "vocab_size": 50258},
+    "tiny": {"num_layers": 2, "hidden_size": 32, "num_heads": 2, "vocab_size": 97},
     "toy": {"num_layers": 4, "hidden_size": 256, "num_heads": 4, "vocab_size": 50258},
 }
 
 
-# (batch, length, steps) -> least tokens/s on one H200 at 124M, or least times that a baseline costs
+# (batch, length, steps) -> least tokens/s or most ms of a pass on one H200 at 124M, or least times that a baseline costs
 GPU_BARS = {
-    (512, 1024, "16"): {"tokens/s": 600e3},
-    (512, 1024, "128"): {"tokens/s": 300e3},
-    (512, 1024, "one"): {"tokens/s": 80e3},
-    (1, 8192, "one"): {"loop": 3.0, "ar": 0.95},
+    (512, 1024, "16"): {"tokens/s": 800e3, "loop": 3.0},
+    (1, 1024, "one"): {"ms": 0.30, "ar": 1.0, "loop": 3.0},
+    (512, 1024, "128"): {"tokens/s": 350e3, "loop": 3.0},
+    (1, 8192, "one"): {"ms": 0.40, "ar": 1.0, "loop": 3.0},
+    (512, 1024, "1024"): {"tokens/s": 100e3, "loop": 3.0},
 }
+MOST_FIRST = 3.0
+"""Seconds that the first call of ours may take longer than the second, on a GPU."""
+ENOUGH = 4.0
+"""Times ours after which a baseline is stopped on a GPU."""
 CPU_BARS = {
     (1, 256, "16"): {"loop": 1.25},
     (1, 256, "one"): {"loop": 1.25, "ar": 1 / 1.15},
@@ -87,12 +96,31 @@ class ReferenceAttention:
         self.kept = [(k[:, :, :count], v[:, :, :count]) for k, v in self.fed]
 
 
+class Stopped(Exception):
+    """A baseline has taken long enough."""
+
+
+def stop_after(seconds: float, device: torch.device) -> Callable[[int], None]:
+    """What a loop calls with the number of each pass; now and then, so that passes are not waited for one by one."""
+    until = time.perf_counter() + seconds
+
+    def check(number: int) -> None:
+        if number % 32 == 31 and until < float("inf"):
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if time.perf_counter() > until:
+                raise Stopped
+
+    return check
+
+
 @torch.no_grad()
-def reference_loop(model: EsoLM, orders: Tensor, ks: list[int]) -> Tensor:
+def reference_loop(model: EsoLM, orders: Tensor, ks: list[int], check: Callable[[int], None]) -> Tensor:
     batch = len(orders)
     attend = ReferenceAttention(model.shape.num_layers, batch)
     fed, cached, done = torch.full_like(orders, model.shape.mask_id), 0, 0
-    for k in ks:
+    for number, k in enumerate(ks):
+        check(number)
         end = done + k
         tokens = fed[:, cached:end]
         seen = torch.arange(end)[None] <= torch.arange(cached, end)[:, None]
@@ -153,62 +181,114 @@ def timed(action: Callable[[], object], device: torch.device) -> tuple[float, fl
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def cell(model: EsoLM, batch: int, length: int, steps: str, methods: list[str], repeats: int) -> list[dict]:
-    device = model.embedding.weight.device
-    kind = (
+def kind_of(steps: str) -> dict:
+    """How `sample` is told the passes."""
+    return (
         {"schedule": "first_hitting", "steps": 1} if steps == "one" else {"schedule": "binomial", "steps": int(steps)}
     )
+
+
+def cell(
+    model: EsoLM, batch: int, length: int, steps: str, methods: list[str], repeats: int, ours: float
+) -> list[dict]:
+    """A row for each method. ours: seconds of ours where they are known, after a few times which baselines are stopped."""
+    device, kind = model.embedding.weight.device, kind_of(steps)
     plans = plan_rows(range(batch), length, mask_id=model.shape.mask_id, alpha_0=1.0, **kind)
     orders, ks = torch.from_numpy(np.stack([p.order for p in plans])).to(device), plans[0].ks
     ways = {
         "ours": lambda: sample(model, batch, length, alpha_0=1.0, **kind),
-        "loop": lambda: reference_loop(model, orders, ks),
+        "loop": lambda: reference_loop(model, orders, ks, stop_after(ENOUGH * ours, device)),
         "ar": lambda: left_to_right(model, batch, length, device),
         "uncached": lambda: uncached(model, orders, ks[:2]),
     }
-    best: dict[str, tuple[float, float]] = {}
+    took: dict[str, list[tuple[float, float]]] = {}
+    stopped = set()
     for _ in range(repeats):
         for name in methods:
             if name == "ar" and steps != "one":
                 continue
+            began = time.perf_counter(), time.process_time()
             try:
-                wall, cpu = timed(ways[name], device)
+                found = timed(ways[name], device)
             except torch.OutOfMemoryError:
                 gc.collect()
                 torch.cuda.empty_cache()
                 continue
+            except Stopped:
+                stopped.add(name)
+                found = time.perf_counter() - began[0], time.process_time() - began[1]
             scale = len(ks) / len(ks[:2]) if name == "uncached" else 1
-            before = best.get(name, (np.inf, np.inf))
-            best[name] = min(before[0], wall * scale), min(before[1], cpu * scale)
+            took.setdefault(name, []).append((found[0] * scale, found[1] * scale))
     facts = {"batch": batch, "length": length, "steps": steps, "passes": len(ks)}
-    which = 1 if device.type == "cpu" else 0
-    return [
-        {
-            **facts, "method": name, "wall_s": wall, "cpu_s": cpu, "tokens_per_s": batch * length / wall,
-            "times_ours": best[name][which] / best["ours"][which] if "ours" in best else None,
-        }
-        for name, (wall, cpu) in best.items()
-    ]  # fmt: skip
+    rows = []
+    for name, found in took.items():
+        wall, cpu = (min(x) for x in zip(*found, strict=True))
+        row = {**facts, "method": name, "wall_s": wall, "cpu_s": cpu, "tokens_per_s": batch * length / wall}
+        rows.append(row | {"first_s": found[0][0], "ms_per_pass": 1e3 * wall / len(ks), "stopped": name in stopped})
+    return rows
 
 
-def missed(rows: list[dict], bars: dict) -> list[str]:
+def key_of(row: dict) -> tuple[int, int, str]:
+    """The cell of a row."""
+    return row["batch"], row["length"], row["steps"]
+
+
+def with_costs(rows: list[dict], device: torch.device) -> list[dict]:
+    """The rows with what each costs where ours costs 1: seconds of the clock on a GPU, CPU-seconds elsewhere."""
+    field = "cpu_s" if device.type == "cpu" else "wall_s"
+    ours = {key_of(row): row[field] for row in rows if row["method"] == "ours"}
+    return [row | {"times_ours": row[field] / ours[key_of(row)] if key_of(row) in ours else None} for row in rows]
+
+
+def missed(rows: list[dict], bars: dict, device: torch.device) -> list[str]:
     """A line for each bar that a cell misses, or that was not measured."""
     out = []
-    for (batch, length, steps), wanted in bars.items():
-        found = {r["method"]: r for r in rows if (r["batch"], r["length"], r["steps"]) == (batch, length, steps)}
-        for name, least in wanted.items():
+    for key, wanted in bars.items():
+        found = {row["method"]: row for row in rows if key_of(row) == key}
+        ours, where = found.get("ours"), "batch {}, L {}, T {}".format(*key)
+        for name, bar in wanted.items():
             row, field = found.get(name), "times_ours"
-            if name == "tokens/s":
-                row, field = found.get("ours"), "tokens_per_s"
+            if name in ("tokens/s", "ms"):
+                row, field = ours, {"tokens/s": "tokens_per_s", "ms": "ms_per_pass"}[name]
             value = None if row is None else row[field]
-            if value is None or value < least:
-                said = (
-                    "was not measured (memory, or the budget)"
-                    if value is None
-                    else f"{value:,.2f} is below {least:,.2f}"
-                )
-                out.append(f"batch {batch}, L {length}, T {steps}: {name} {said}")
+            if value is None:
+                out.append(f"{where}: {name} was not measured (memory, or the budget)")
+            elif value < bar if name != "ms" else value > bar:
+                out.append(f"{where}: {name} {value:,.2f} is {'above' if name == 'ms' else 'below'} {bar:,.2f}")
+        if device.type == "cuda" and ours and ours["first_s"] - ours["wall_s"] > MOST_FIRST:
+            later = ours["first_s"] - ours["wall_s"]
+            out.append(f"{where}: the first call took {later:.1f} s longer than the best, more than {MOST_FIRST:g}")
     return out
+
+
+def profiled(model: EsoLM, batch: int, length: int, steps: str, top: int) -> dict:
+    """The kernels of a mean pass of ours, when its shapes are known from a call before."""
+    device = model.embedding.weight.device
+    _, passes = (sample(model, batch, length, alpha_0=1.0, **kind_of(steps)).num_forward_passes for _ in range(2))
+    table = kernel_table(lambda: sample(model, batch, length, alpha_0=1.0, **kind_of(steps)), device, passes)
+    out = {"what": f"pass of batch {batch}, L {length}, T {steps}", "passes": passes, "parts": parts_of(table)}
+    return out | {"ms": sum(row["ms"] for row in table), "kernels": shortened(table, top)}
+
+
+def rows_of(args: argparse.Namespace, model: EsoLM, cells: dict) -> Iterator[dict]:
+    """Rows as they are measured."""
+    begun, device, ours = time.monotonic(), model.embedding.weight.device, {}
+    turns = [(key, methods, args.repeats) for key, methods in cells.items()]
+    if device.type == "cuda":
+        turns = [(key, ["ours"], max(args.repeats, 2)) for key, methods in cells.items() if "ours" in methods]
+        turns += [(key, [m for m in methods if m != "ours"], 1) for key, methods in cells.items()]
+    for (batch, length, steps), methods, repeats in turns:
+        if time.monotonic() - begun > args.budget or (steps != "one" and int(steps) > length):
+            continue
+        if args.profile:
+            if "ours" in methods:
+                yield profiled(model, batch, length, steps, args.top)
+            continue
+        most = ours.get((batch, length, steps), float("inf"))
+        for row in cell(model, batch, length, steps, methods, repeats, most):
+            if row["method"] == "ours" and device.type == "cuda":
+                ours[key_of(row)] = row["wall_s"]
+            yield row
 
 
 def main() -> int:
@@ -223,37 +303,61 @@ def main() -> int:
     grammar.add_argument("--repeats", type=int, default=1)
     grammar.add_argument("--budget", type=float, default=1e9)
     grammar.add_argument("--bars", action="store_true")
+    grammar.add_argument("--bar-cells", action="store_true")
     grammar.add_argument("--json", type=Path)
+    grammar.add_argument("--profile", action="store_true")
+    grammar.add_argument("--top", type=int, default=40, help="kernels of a table in the JSON (default: 40)")
     args = grammar.parse_args()
-    begun, device = time.monotonic(), torch.device(args.device)
+    device = torch.device(args.device)
     bars = GPU_BARS if device.type == "cuda" else TOY_BARS if args.shape == "toy" else CPU_BARS
-    cells = {key: ["ours", "loop", "ar"] for key in bars} if args.bars else {}
+    cells = {key: ["ours", "loop", "ar"] for key in bars} if args.bars or args.bar_cells else {}
     for key in [(b, n, t) for n in args.length for b in args.batch for t in args.steps]:
         cells.setdefault(key, args.methods)
     config = ModelConfig(seq_length=max(key[1] for key in cells), **SHAPES[args.shape])
     model = EsoLM(config, PlainLinears({"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype], device))
     initialise(model, 0)
     sample(model, 1, 8, alpha_0=1.0, steps=2)  # what is done once
-    columns = ("batch", "length", "steps", "passes", "method", "wall s", "CPU-s", "tokens/s", "cost, ours = 1")
-    table, rows = Table(*columns), []
-    for (batch, length, steps), methods in cells.items():
-        if time.monotonic() - begun > args.budget or (steps != "one" and int(steps) > length):
-            continue
-        for row in cell(model, batch, length, steps, methods, args.repeats):
-            rows.append(row)
-            numbers = (f"{row['wall_s']:.2f}", f"{row['cpu_s']:.2f}", f"{row['tokens_per_s']:.0f}")
-            times = "" if row["times_ours"] is None else f"{row['times_ours']:.2f}"
-            table.add_row(*(str(row[x]) for x in ("batch", "length", "steps", "passes", "method")), *numbers, times)
+    facts = {"shape": args.shape, "device": str(device), "dtype": args.dtype, "threads": torch.get_num_threads()}
+    rows: list[dict] = []
+
+    def keep(**more: object) -> None:
         if args.json:  # as it grows: a run that is cut off leaves what it has
-            facts = {
-                "shape": args.shape,
-                "device": str(device),
-                "dtype": args.dtype,
-                "threads": torch.get_num_threads(),
-            }
-            args.json.write_text(json.dumps({**facts, "rows": rows}, indent=1))
-    Console(width=110).print(table)
-    low = missed(rows, bars) if args.bars else []
+            args.json.write_text(json.dumps({**facts, "rows": rows, **more}, indent=1) + "\n")
+
+    for row in rows_of(args, model, cells):
+        rows.append(row)
+        if not args.profile:
+            rows = with_costs(rows, device)
+        keep()
+    if args.profile:
+        for found in rows:
+            Console(width=130).print(kernel_rows(found))
+        return 0
+    columns = (
+        "batch",
+        "length",
+        "steps",
+        "passes",
+        "method",
+        "wall s",
+        "CPU-s",
+        "tokens/s",
+        "ms a pass",
+        "cost, ours = 1",
+    )
+    table = Table(*columns)
+    for row in rows:
+        numbers = [
+            f"{row['wall_s']:.2f}",
+            f"{row['cpu_s']:.2f}",
+            f"{row['tokens_per_s']:.0f}",
+            f"{row['ms_per_pass']:.2f}",
+        ]
+        times = "" if row["times_ours"] is None else f"{'>' * row['stopped']}{row['times_ours']:.2f}"
+        table.add_row(*(str(row[x]) for x in ("batch", "length", "steps", "passes", "method")), *numbers, times)
+    Console(width=120).print(table)
+    low = missed(rows, bars, device) if args.bars else []
+    keep(missed=low)
     for line in low:
         print(line)
     return 1 if low else 0

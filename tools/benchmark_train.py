@@ -1,23 +1,24 @@
-"""A whole training step of ours against the reference's way of computing it, and against a plain autoregressive step.
+"""A training step of the product against the reference's way of computing it, and against a plain autoregressive step.
 
     python tools/benchmark_train.py [--sizes mid] [--alphas 1,0.5,0.25,0] [--options plain] [--steps 5] [--rows 8]
                                     [--json FILE] [--picture FILE] [--bars]
 
-The same network, rows, noise and optimizer in all three, on random tokens; each step draws its noise, goes forward and back
-and updates (on a GPU it is drawn before the clock starts, as the trainer draws it ahead). `reference`: diffusion rows under
-causal attention, sequential rows as 2L tokens under a dense 2L x 2L mask, logits of all places. `ar`: all rows left to right
-under causal attention, logits of all places. The steps take turns; a table and JSON give medians and ratios, in seconds on a
-GPU and in CPU-seconds elsewhere, and the peak memory of a process that makes two steps of one kind (on a GPU, what is
-allocated). Ours and the reference must have the same loss.
+`ours` is what `esolm train` does in a step: rows drawn, noised, packed and pinned one step ahead by the trainer's thread,
+`Engine.try_step` with DeepSpeed's ZeRO-1, gradient clipping, AdamW and the moving average; of a configuration in configs/ with
+one micro-batch a step, on random tokens. The baselines are written here, on the same network, rows, noise and step of the
+optimizer. `reference`: diffusion rows under causal attention, sequential rows as 2L tokens under a dense 2L x 2L mask, logits
+of all places. `ar`: all rows left to right under causal attention, logits of all places.
 
-options: `plain`, `recompute` (blocks computed again in backward), `compile` (blocks compiled), `graphs` (and replayed as CUDA
-graphs); baselines are timed with `plain`, and all options must have its loss after some steps.
+Medians are in seconds of the clock on a GPU, where one kind follows the other, and in CPU-seconds elsewhere, where they take
+turns. Peak memory: of a process that makes two steps of one kind; on a GPU, what is allocated. Losses and gradient norms of
+ours, under every option, and of the reference must agree, or nothing is compared.
+
+options, joined by +: `plain`, `recompute` (blocks computed again in backward), `compile` (blocks compiled), `graphs` (and
+replayed as CUDA graphs), `dropout` (the paper's 0.1; the network draws it, so its losses are not compared).
 MFU = model FLOPs / (seconds x peak), by CPU-seconds on a CPU, where model FLOPs are `model/size.py:flops_per_token` x tokens
-of the data: what the method needs, without recomputation, spare mask places, or norms. The parts of a step (attention, MLP,
-head and loss, optimizer, data) are timed by themselves, forward and backward, on tensors of the step's shapes; `rest` is
-what they leave.
-On a GPU the sizes are 124m, 1.7b and a slice of 7b with as many layers as fit, in bf16 with fp32 master weights; elsewhere
-mid. Exits with 1 where a number is below its bar (with --bars; on a CPU always).
+of the data: what the method needs, without recomputation, spare mask places, or norms. Parts are shares of one step of
+ours by its profile. On a GPU the sizes are 124m, 1.7b and a slice of 7b with as many layers as fit, in bf16 with fp32 master
+weights; elsewhere mid. --profile: tables of kernels instead. Exits with 1 where losses differ or, with --bars, a bar is missed.
 """
 
 import argparse
@@ -29,57 +30,172 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple, cast
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from profiled import PARTS, kernel_rows, kernel_table, parts_of, shortened
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from esolm_megatron.config import ModelConfig, ObjectiveConfig
-from esolm_megatron.model import flash
+from esolm_megatron.config import Config, ConfigError, load, with_values
+from esolm_megatron.data.stream import Batch
 from esolm_megatron.model.layers import PlainLinears
-from esolm_megatron.model.size import flops_per_token, layer_parameters, mask_capacity, num_parameters
+from esolm_megatron.model.size import flops_per_token, layer_parameters, num_parameters, run_capacity
 from esolm_megatron.model.transformer import EsoLM, initialise
-from esolm_megatron.objective.esolm import (
-    Noised,
-    OrderedRows,
-    draw_diffusion,
-    draw_sequential,
-    draw_step,
-    mean_loss,
-    part_sums,
-)
+from esolm_megatron.objective.esolm import draw_diffusion, draw_sequential
+from esolm_megatron.parallel import pipeline
+from esolm_megatron.parallel.engine import Engine
+from esolm_megatron.train.collate import Ahead
 from esolm_megatron.train.metrics import peak_flops
+from esolm_megatron.train.trainer import noising
 
-MODERN = {"norm": "rmsnorm", "activation": "swiglu", "mlp_bias": False, "output_bias": False, "qk_norm": True,
-          "seq_length": 2048, "vocab_size": 50258}  # fmt: skip
-SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "seq_length": 32, "vocab_size": 97},
-    "mid": {"hidden_size": 256, "num_layers": 6, "num_heads": 4, "seq_length": 512, "vocab_size": 8192},
-    "124m": {"hidden_size": 768, "num_layers": 12, "num_heads": 12, "seq_length": 1024, "vocab_size": 50258},
-    "1.7b": {**MODERN, "hidden_size": 2176, "num_layers": 28, "num_heads": 17, "ffn_hidden_size": 5824,
-             "tied_embeddings": True},
-    "7b": {**MODERN, "hidden_size": 4096, "num_layers": 32, "num_heads": 32, "num_kv_heads": 8,
-           "ffn_hidden_size": 12288},
+CONFIGS = Path(__file__).parent.parent / "configs"
+PAPER, V = "paper/124m_alpha0p25.yaml", "model.vocab_size=50258"
+
+
+class Size(NamedTuple):
+    """A file of configs/, rows in a step, and what differs from the file."""
+
+    path: str
+    rows: int
+    words: tuple[str, ...]
+
+
+def small(hidden: int, layers: int, heads: int, length: int, vocab: int) -> tuple[str, ...]:
+    """The paper's shape, but smaller."""
+    values = {
+        "hidden_size": hidden,
+        "num_layers": layers,
+        "num_heads": heads,
+        "seq_length": length,
+        "vocab_size": vocab,
+    }
+    return tuple(f"model.{name}={value}" for name, value in values.items())
+
+
+SIZES = {
+    "tiny": Size(PAPER, 4, small(32, 2, 2, 32, 97)),
+    "mid": Size(PAPER, 8, small(256, 6, 4, 512, 8192)),
+    "124m": Size(PAPER, 32, ()),
+    "1.7b": Size("scale/1p7b.yaml", 8, (V,)),
+    "7b": Size("scale/7b.yaml", 4, (V, "model.seq_length=2048", "parallel.tensor_size=1", "parallel.sequence_parallel=false")),
 }  # fmt: skip
-"""Shapes of configs/paper and configs/scale; 7b with fewer layers where they do not fit."""
-ROWS = {"124m": 32, "1.7b": 8, "7b": 4}
+ALIKE = ("data.path=unread", "objective.diffusion_fraction=null", "optim.schedule=constant", "optim.warmup_steps=0",
+         "parallel.zero_stage=1", "parallel.recompute=none", "train.compile=false", "model.dropout=0")  # fmt: skip
+"""What the files differ in and the benchmark does not; an option sets some of it."""
+OPTIONS = {"plain": (), "recompute": ("parallel.recompute=full",), "compile": ("train.compile=true",),
+           "graphs": ("train.compile=true", "train.cuda_graphs=true"), "dropout": ("model.dropout=0.1",)}  # fmt: skip
+KINDS = ("ours", "reference", "ar")
 BARS = {1.0: 1.3, 0.5: 1.6, 0.25: 1.35, 0.0: 1.3}
 """Least ratio of the reference's time to ours, at the size `mid` on a CPU."""
-GPU_BARS = {("124m", 1.0): ("tokens_per_second", 500e3), ("124m", 0.25): ("tokens_per_second", 380e3),
-            ("1.7b", 1.0): ("mfu", 0.5)}  # fmt: skip
-"""Least tokens/s and MFU on one H200, of the best of the options."""
-KINDS = ("ours", "reference", "ar")
-OPTIONS = ("plain", "recompute", "compile", "graphs")
-PARTS = ("attention", "mlp", "head_loss", "optimizer", "data")
-WARMUP = 1
+GPU_BARS = {
+    ("124m", 1.0, False): ("tokens_per_second", 600e3),
+    ("124m", 0.25, False): ("tokens_per_second", 400e3),
+    ("124m", 1.0, True): ("tokens_per_second", 570e3),
+    ("124m", 0.25, True): ("tokens_per_second", 380e3),
+    ("1.7b", 1.0, False): ("mfu", 0.55),
+    ("1.7b", 0.25, False): ("mfu", 0.5),
+    ("7b", 1.0, False): ("mfu", 0.55),
+}
+"""(size, alpha_0, dropout) -> least tokens/s and MFU on one H200, of the best of the options."""
+BYTES_PER_PARAMETER = 26
+"""bf16 weight and gradient, and in fp32 the gradient, master weight, two moments, and moving average, rounded up."""
+
+
+def config_of(size: str, alpha_0: float, option: str, rows: int | None, device: torch.device) -> Config:
+    """The run that is timed; on a GPU with as many layers as leave half of the memory to activations."""
+    path, usual, words = SIZES[size]
+    chosen = [word for name in option.split("+") for word in OPTIONS[name]]
+    gpu, rows = device.type == "cuda", rows or usual
+    words = (*words, f"objective.alpha_0={alpha_0:g}", f"train.global_batch_size={rows}", f"train.micro_batch_size={rows}",
+             f"train.device={device.type}", f"train.precision={'bf16' if gpu else 'fp32'}")  # fmt: skip
+    config = load(CONFIGS / path, [*ALIKE, *words, *chosen])
+    if not gpu:
+        return config
+    room = torch.cuda.get_device_properties(device).total_memory // 2 - BYTES_PER_PARAMETER * num_parameters(
+        config.model
+    )
+    layers = config.model.num_layers + min(0, room // (BYTES_PER_PARAMETER * layer_parameters(config.model)))
+    return with_values(config, model={"num_layers": max(layers, 1)})
+
+
+LARGE = 5e8
+"""Parameters from which weights are drawn on the device: a run draws them on the host, which takes half a minute and more."""
+
+
+@torch.no_grad()
+def drawn_there(model: EsoLM, seed: int) -> None:
+    """Fill a model on its device; rows that pad the vocabulary stay 0."""
+    generator = torch.Generator(model.embedding.weight.device).manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.fill_("norm" in name and name.endswith("weight"))
+            continue
+        whole = parameter[: model.shape.vocab] if name in ("embedding.weight", "head.weight") else parameter
+        parameter.zero_()
+        whole.copy_(torch.randn(whole.shape, generator=generator, device=whole.device) * model.shape.init_std)
+
+
+@contextlib.contextmanager
+def filling(config: Config) -> Iterator[Callable[[EsoLM, int], None]]:
+    """How a model is filled, ours and the baselines' alike."""
+    fill = initialise if num_parameters(config.model) < LARGE else drawn_there
+    with mock.patch.object(pipeline, "initialise", fill):
+        yield fill
+
+
+class RandomRows:
+    """Batches of random tokens in the place of a run's feed: each a function of its number."""
+
+    def __init__(self, config: Config):
+        self.config, self.engine = config, SimpleNamespace(shares_rows=False)
+
+    def batches(self, first: int) -> Iterator[tuple[int, Batch]]:
+        """(number, batch) from number `first` on."""
+        rows = np.arange(self.config.train.global_batch_size)
+        for number in itertools.count(first):
+            tokens = self.tokens(number, (len(rows), self.config.model.seq_length))
+            yield number, Batch(tokens, np.ones_like(tokens, bool), rows, rows, [rows[:0]] * len(rows))
+
+    def tokens(self, number: int, shape: tuple[int, int]) -> np.ndarray:
+        """Those of one batch."""
+        return np.random.default_rng(number).integers(0, self.config.model.mask_id, shape)
+
+    def stop_reading(self) -> None:
+        """Nothing is read."""
+
+
+class Ours:
+    """Steps as the trainer makes them."""
+
+    def __init__(self, config: Config, kind: str = "ours"):
+        self.config, self.count = config, 0
+        with filling(config):
+            self.engine = Engine(config)
+        self.parameters = [owned.parameter for owned in self.engine.owned]
+        make = noising(config, self.engine)
+        feed: Any = RandomRows(config)
+        self.ahead = Ahead(feed, 0, lambda batch, step: self.engine.stage(make(batch, step)))
+
+    def step(self) -> tuple[float, float]:
+        """Loss and gradient norm of the next optimizer step."""
+        self.count += 1
+        _, staged = self.ahead.next(self.count)
+        result, _ = self.engine.try_step(staged, self.config.optim.lr, lambda loss, norm: None)
+        return result.loss, result.grad_norm
+
+    def close(self) -> None:
+        """Leave the run, so that another engine can be made; DeepSpeed's hooks would keep the memory of this one."""
+        self.ahead.__exit__(None, None, None)
+        self.engine.deepspeed.destroy()
+        self.engine.close()
 
 
 class Dense:
@@ -97,215 +213,127 @@ class Dense:
         return out.transpose(1, 2).flatten(0, 1)
 
 
-class Steps:
-    """Training steps of one network, in any of the ways."""
+class Streams(NamedTuple):
+    """Rows as a baseline feeds them: tokens and positions (B, n L), n streams one behind the other, and of the last stream
+    the targets and what each loss counts (B, L).
+    """
 
-    def __init__(self, size: str, alpha_0: float, rows: int, device: torch.device):
-        self.shape, self.rows, self.device, self.step = fitting(size, device), rows, device, 0
-        gpu = device.type == "cuda"
-        self.model = EsoLM(self.shape, PlainLinears(torch.bfloat16 if gpu else torch.float32, device))
-        if gpu:
-            for name, parameter in self.model.named_parameters():
-                parameter.data.normal_(0, 0.02) if parameter.dim() > 1 else parameter.data.fill_("norm" in name)
-        else:
-            initialise(self.model, 0)
-        own = list(self.model.parameters())
-        self.masters = [p.detach().float() for p in own] if gpu else own
-        self.optimizer = torch.optim.AdamW(self.masters, lr=1e-4, fused=True)  # as the trainer
+    tokens: Tensor
+    positions: Tensor
+    targets: Tensor
+    weights: Tensor
+
+    def pinned(self) -> "Streams":
+        """A copy that a GPU can take beside other work."""
+        return Streams(*(x.pin_memory() for x in self))
+
+    def to(self, device: torch.device) -> "Streams":
+        """A copy there."""
+        return Streams(*(x.to(device, non_blocking=True) for x in self))
+
+
+class Baseline:
+    """Steps of the same network in another way, with torch's own fused optimizer, clipping and moving average."""
+
+    def __init__(self, config: Config, kind: str):
+        self.config, self.shape, self.count = config, config.model, 0
+        gpu = config.train.device == "cuda"
+        self.device = torch.device(config.train.device)
+        with filling(config) as fill:
+            self.model = EsoLM(self.shape, PlainLinears(torch.bfloat16 if gpu else torch.float32, self.device))
+            fill(self.model, config.seed)
+        self.parameters = list(self.model.parameters())
+        self.masters = [p.detach().float() for p in self.parameters] if gpu else self.parameters
+        self.average = [p.detach().float().clone() for p in self.masters]
+        o = config.optim
+        self.optimizer = torch.optim.AdamW(
+            self.masters, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=True
+        )
         length = self.shape.seq_length
-        order = torch.arange(length, device=device)
+        order = torch.arange(length, device=self.device)
         clean, masks = order[:, None] >= order, order[:, None] > order
-        eye = torch.eye(length, dtype=torch.bool, device=device)
+        eye = torch.eye(length, dtype=torch.bool, device=self.device)
         self.seen = torch.cat([torch.cat([clean, ~(clean | True)], 1), torch.cat([masks, eye], 1)])
-        self.tokens = np.random.default_rng(0).integers(0, self.shape.mask_id, (64, rows, length))
-        self.made: dict[str, Any] = {}
-        self.choose(alpha_0)
+        make, feed = getattr(self, kind), cast(Any, RandomRows(config))
 
-    def choose(self, alpha_0: float, *, recompute: bool = False) -> None:
-        """What the next steps are of."""
-        self.objective, self.model.recompute_blocks = ObjectiveConfig(alpha_0=alpha_0), recompute
-        self.capacity, self.made = mask_capacity(self.shape.seq_length, alpha_0), {}
+        def made(batch: Batch, step: int) -> list[Streams]:
+            return [x.pinned() if gpu else x for x in make(batch, step)]
 
-    def prepare(self, kind: str) -> None:
-        """Draw what the next step of this kind needs, as the trainer does ahead of it."""
-        tokens, key, self.made = self.tokens[self.step % len(self.tokens)], (0, self.step), {}
-        if kind == "ours":
-            self.made[kind] = self.noised(tokens, key)
-        if kind == "reference":
-            self.made[kind] = self.drawn(tokens, key)
+        self.ahead = Ahead(feed, 0, made)
 
-    def run(self, kind: str) -> float:
-        """One optimizer step; returns its loss."""
-        tokens = self.tokens[self.step % len(self.tokens)]
-        loss: Tensor = getattr(self, kind)(tokens, (0, self.step))
-        loss.backward()
-        self.update()
-        return loss.item()
+    def step(self) -> tuple[float, float]:
+        """Loss and gradient norm of the next optimizer step."""
+        self.count += 1
+        total = torch.zeros((), device=self.device)
+        for made in self.ahead.next(self.count)[1]:
+            total = total + self.loss(made.to(self.device))
+        total.backward()
+        return total.item(), self.update().item()
 
-    def update(self) -> None:
-        """One step of the optimizer, by fp32 master weights where the weights are bf16."""
-        own = list(self.model.parameters())
+    @torch.no_grad()
+    def update(self) -> Tensor:
+        """Clip, update, and average; returns the norm of the gradients."""
+        o, own = self.config.optim, self.parameters
         if self.masters[0] is not own[0]:
             for master, parameter in zip(self.masters, own, strict=True):
                 master.grad = None if parameter.grad is None else parameter.grad.float()
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, o.clip_grad)
         self.optimizer.step()
         if self.masters[0] is not own[0]:
-            with torch.no_grad():
-                torch._foreach_copy_(own, self.masters)
+            torch._foreach_copy_(own, self.masters)
+        torch._foreach_lerp_(self.average, self.masters, 1 - o.ema_decay)
         self.optimizer.zero_grad()
         self.model.zero_grad()
+        return norm
 
-    def noised(self, tokens: np.ndarray, key: tuple[int, int]) -> Noised:
-        """The rows as the trainer draws and packs them."""
-        noised = draw_step(
-            tokens, np.ones_like(tokens, bool), np.arange(self.rows), self.objective, mask_id=self.shape.mask_id,
-            global_batch_size=self.rows, num_micro_batches=1, capacity=self.capacity, key=key,
-        )  # fmt: skip
-        if self.device.type == "cuda":
-            noised.micro_batches[0] = noised.micro_batches[0].pinned()
-        return noised
+    def loss(self, made: Streams) -> Tensor:
+        """Mean loss per token of the last stream; one stream is causal, two are under the dense mask."""
+        streams = made.tokens.shape[1] // made.targets.shape[1]
+        attend = Dense(made.tokens.shape[1], self.seen if streams == 2 else None)
+        logits = self.model(made.tokens.flatten(), made.positions.flatten(), attend)
+        logits = logits.view(*made.tokens.shape, -1)[:, -made.targets.shape[1] :].flatten(0, 1)
+        losses = F.cross_entropy(logits, made.targets.flatten(), reduction="none")
+        return (losses * made.weights.flatten().to(losses)).sum() / made.targets.numel()
 
-    def drawn(self, tokens: np.ndarray, key: tuple[int, int]) -> tuple[OrderedRows | None, OrderedRows | None]:
-        """The same rows, not packed: diffusion ones, sequential ones."""
-        count, everywhere, rows = (
-            round(self.rows * self.objective.fraction),
-            np.ones_like(tokens, bool),
-            np.arange(self.rows),
-        )
-        first, rest, options = slice(0, count), slice(count, None), (self.objective.alpha_0, self.capacity)
-        diffusion = sequential = None
+    def reference(self, batch: Batch, step: int) -> list[Streams]:
+        """The rows with the noise of ours, not packed: diffusion ones, and sequential ones as 2L tokens."""
+        objective, key = self.config.objective, (self.config.seed, step)
+        count, out = round(len(batch.rows) * objective.fraction), []
+        first, rest = slice(0, count), slice(count, None)
         if count:
-            diffusion = draw_diffusion(tokens[first], everywhere[first], rows[first], count, self.objective, *key)
-        if count < self.rows:
-            sequential = draw_sequential(tokens[rest], everywhere[rest], rows[rest], *options, *key)
-        return diffusion, sequential
+            drawn = draw_diffusion(batch.tokens[first], batch.valid[first], batch.rows[first], count, objective, *key)
+            out.append(self.streams([np.where(drawn.masked, self.shape.mask_id, drawn.tokens)], drawn))
+        if count < len(batch.rows):
+            capacity = run_capacity(self.config)
+            drawn = draw_sequential(
+                batch.tokens[rest], batch.valid[rest], batch.rows[rest], objective.alpha_0, capacity, *key
+            )
+            out.append(self.streams([drawn.tokens, np.where(drawn.masked, self.shape.mask_id, drawn.tokens)], drawn))
+        return out
 
-    def ours(self, tokens: np.ndarray, key: tuple[int, int]) -> Tensor:
-        """The loss as the trainer computes it."""
-        noised = self.made.pop("ours", None) or self.noised(tokens, key)
-        batch = noised.micro_batches[0].to(self.device)
-        losses = self.model(
-            batch.tokens, batch.positions, batch.attend, targets=batch.targets, dropout_ids=None, last=batch.last
+    @staticmethod
+    def streams(fed: list[np.ndarray], drawn: Any) -> Streams:
+        """These streams, in the order of generation."""
+        in_order = [np.take_along_axis(x, drawn.order, 1) for x in (*fed, drawn.tokens, drawn.weights)]
+        positions = np.concatenate([drawn.order] * len(fed), 1)
+        return Streams(
+            *map(torch.from_numpy, (np.concatenate(in_order[: len(fed)], 1), positions, *in_order[len(fed) :]))
         )
-        return mean_loss(part_sums(losses, batch), noised.num_valid.to(self.device))
 
-    def reference(self, tokens: np.ndarray, key: tuple[int, int]) -> Tensor:
-        """The same loss from 2L tokens, a dense mask and all logits."""
-        length, total = self.shape.seq_length, torch.zeros((), device=self.device)
-        diffusion, drawn = self.made.pop("reference", None) or self.drawn(tokens, key)
-        if diffusion is not None:
-            fed = np.where(diffusion.masked, self.shape.mask_id, diffusion.tokens)
-            total = total + self._all_places([fed], diffusion, Dense(length, None), (len(fed), length))
-        if drawn is not None:
-            masks = np.where(drawn.masked, self.shape.mask_id, drawn.tokens)
-            shape = (len(masks), 2 * length)
-            total = total + self._all_places([drawn.tokens, masks], drawn, Dense(2 * length, self.seen), shape)
-        return total
+    def ar(self, batch: Batch, step: int) -> list[Streams]:
+        """All rows from left to right; as many targets as there are tokens."""
+        positions = np.broadcast_to(np.arange(self.shape.seq_length), batch.tokens.shape).copy()
+        fed, weights = np.roll(batch.tokens, 1, axis=1), np.ones(batch.tokens.shape)
+        return [Streams(*map(torch.from_numpy, (fed, positions, batch.tokens, weights)))]
 
-    def _all_places(self, streams: list[np.ndarray], drawn: Any, attend: Dense, shape: tuple[int, int]) -> Tensor:
-        """Mean loss per token of rows that feed these streams, one after the other; the last one carries the loss."""
-        tokens, weights = (np.take_along_axis(x, drawn.order, 1) for x in (drawn.tokens, drawn.weights))
-        fed = np.concatenate([np.take_along_axis(x, drawn.order, 1) for x in streams], 1)
-        positions = np.concatenate([drawn.order] * len(streams), 1)
-        fed, positions, tokens, weights = (
-            torch.from_numpy(x).to(self.device) for x in (fed, positions, tokens, weights)
-        )
-        logits = self.model(fed.flatten(), positions.flatten(), attend).view(*shape, -1)[:, -self.shape.seq_length :]
-        losses = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")
-        return (losses * weights.flatten().to(losses)).sum() / tokens.numel()
-
-    def ar(self, tokens: np.ndarray, key: tuple[int, int]) -> Tensor:
-        """The mean loss of the next token, for as many targets as there are tokens."""
-        fed = torch.from_numpy(np.roll(tokens, 1, axis=1)).to(self.device)
-        positions = torch.arange(self.shape.seq_length, device=self.device).repeat(self.rows)
-        logits = self.model(fed.flatten(), positions, Dense(self.shape.seq_length, None))
-        return F.cross_entropy(logits, torch.from_numpy(tokens).to(self.device).flatten())
-
-    def parts(self) -> dict[str, Callable[[], Any]]:
-        """Work of the parts of one step of ours, all blocks of it, on random tensors of its shapes."""
-        key, model, blocks = (0, 0), self.model, self.shape.num_layers
-        batch = self.noised(self.tokens[0], key).micro_batches[0].to(self.device)
-        weight = next(model.parameters())
-        heads, width, hidden = self.shape.num_heads, self.shape.head_dim, self.shape.hidden_size
-        tokens, fed, last = len(batch.tokens), len(batch.last.fed), model.layers[str(blocks - 1)]
-
-        def random(*shape: int) -> Tensor:
-            return torch.randn(shape, dtype=weight.dtype, device=self.device, requires_grad=True)
-
-        q, (k, v) = random(tokens, heads, width), (random(tokens, self.shape.kv_heads, width) for _ in range(2))
-        some, x, y = random(fed, heads, width), random(tokens, 1, hidden), random(fed, 1, hidden)
-        z = random(len(batch.places), hidden)
-        grads = [torch.randn_like(t) for t in (q, some, x, y)]
-
-        def attention() -> None:
-            for block in range(blocks):
-                attend, queries, grad = (
-                    (batch.attend, q, grads[0]) if block < blocks - 1 else (batch.last, some, grads[1])
-                )
-                torch.autograd.backward(attend(block, queries, k, v), grad)
-
-        def mlp() -> None:
-            for block in model.layers.values():
-                fed_to, grad = (x, grads[2]) if block is not last else (y, grads[3])
-                torch.autograd.backward(block.mlp(fed_to), grad)
-
-        def head_loss() -> None:
-            tied = model.embedding.weight if model.head.weight is None else None
-            model.head(z, tied, batch.targets).sum().backward()
-
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        data = partial(self.noised, self.tokens[0], key)
-        return dict(zip(PARTS, (attention, mlp, head_loss, self._update_again, data), strict=True))
-
-    def _update_again(self) -> None:
-        self.update()
-        for parameter in self.model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
+    def close(self) -> None:
+        """End the thread that draws."""
+        self.ahead.__exit__(None, None, None)
 
 
-def fitting(size: str, device: torch.device) -> ModelConfig:
-    """The shape of a size; on a GPU with as many layers as leave half of its memory to activations.
-
-    A parameter takes 22 bytes: bf16 weight and gradient, fp32 master weight, its gradient, and two moments.
-    """
-    shape = ModelConfig(**SIZES[size])
-    if device.type != "cuda":
-        return shape
-    room = torch.cuda.get_device_properties(device).total_memory // 2 - 22 * num_parameters(shape)
-    layers = shape.num_layers + min(0, room // (22 * layer_parameters(shape)))
-    return shape.model_copy(update={"num_layers": max(layers, 1)})
-
-
-def seconds_of(work: Callable[[], Any], device: torch.device) -> tuple[float, float]:
-    """(seconds of the clock, CPU-seconds) that `work` takes; on a GPU twice those of its events."""
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        work()
-        end.record()
-        end.synchronize()
-        return (start.elapsed_time(end) / 1000,) * 2
-    clock, cpu = time.perf_counter(), time.process_time()
-    work()
-    return time.perf_counter() - clock, time.process_time() - cpu
-
-
-def peak_of(size: str, alpha_0: float, rows: int, kind: str) -> float:
-    """MiB that a process holds at most that makes two steps of a kind."""
-    words = [f"--sizes={size}", f"--alphas={alpha_0}", f"--rows={rows}", f"--peak-of={kind}"]
-    done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=True)
-    return float(done.stdout)
-
-
-def peak_here(size: str, alpha_0: float, rows: int, kind: str) -> float:
-    """The same of this process, less what it held before."""
-    before = resident("VmRSS")
-    steps = Steps(size, alpha_0, rows, torch.device("cpu"))
-    for _ in range(2):
-        steps.run(kind)
-    return resident("VmHWM") - before
+def steps_of(kind: str, config: Config) -> Ours | Baseline:
+    """Steps of one kind, from the first one on."""
+    return (Ours if kind == "ours" else Baseline)(config, kind)
 
 
 def resident(name: str) -> float:
@@ -314,170 +342,212 @@ def resident(name: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 2**10
 
 
-def check_losses(steps: Steps) -> float:
-    """Ours, which must be the reference's."""
-    with torch.no_grad():
-        losses = [steps.ours(steps.tokens[0], (0, 0)).item(), steps.reference(steps.tokens[0], (0, 0)).item()]
-    if abs(losses[0] - losses[1]) > (1e-5 if steps.device.type == "cpu" else 2e-2) * losses[1]:
-        raise SystemExit(
-            f"alpha_0 = {steps.objective.alpha_0:g}: loss {losses[0]:.7f}, the reference's way {losses[1]:.7f}"
-        )
-    return losses[0]
+def peak_of(config: Config, kind: str) -> float:
+    """MiB that another process holds at most, above what it began with, which makes two steps of a kind."""
+    words = [sys.executable, __file__, "--peak-of", kind]
+    done = subprocess.run(words, input=config.model_dump_json(), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"the process that measures the memory of {kind} failed:\n{done.stderr}")
+    return float(done.stdout.splitlines()[-1])
 
 
-def check_compiled(steps: Steps, times: int = 4) -> None:
-    """The loss and every gradient of several batches must be those without compilation, also where graphs are replayed."""
-    most = 1e-3 if steps.device.type == "cpu" else 5e-2
-
-    def loss_and_gradients(step: int) -> tuple[float, dict[str, Tensor]]:
-        loss = steps.ours(steps.tokens[step], (0, step))
-        loss.backward()
-        gradients = {name: p.grad.clone() for name, p in steps.model.named_parameters() if p.grad is not None}
-        steps.model.zero_grad()
-        return loss.item(), gradients
-
-    for step in range(times):
-        with torch.compiler.set_stance("force_eager"):
-            wanted, plain = loss_and_gradients(step)
-        loss, gradients = loss_and_gradients(step)
-        wrong = [
-            n for n, g in gradients.items() if (g - plain[n]).float().norm() > most * plain[n].float().norm() + 1e-8
-        ]
-        if wrong or abs(loss - wanted) > most * wanted:
-            raise SystemExit(f"compiled, step {step}: loss {loss:.6f} for {wanted:.6f}; other gradients: {wrong[:5]}")
+def peak_here(config: Config, kind: str) -> float:
+    """The same of this process."""
+    before = resident("VmRSS")
+    steps = steps_of(kind, config)
+    steps.step(), steps.step()
+    return resident("VmHWM") - before
 
 
-def time_of(steps: Steps, kinds: Sequence[str], count: int) -> dict[str, dict[str, float]]:
-    """Medians of each kind that fits into memory; the kinds take turns."""
-    seconds: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
-    peaks: dict[str, float] = {}
-    for number in range(WARMUP + count):
-        steps.step = number
-        for kind in [kind for kind in kinds if kind in seconds]:
-            if steps.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-                steps.prepare(kind)
-            try:
-                took = seconds_of(partial(steps.run, kind), steps.device)
-            except torch.OutOfMemoryError:
-                del seconds[kind]
-                steps.model.zero_grad()
-                gc.collect()
-                continue
-            if number >= WARMUP:
-                seconds[kind].append(took)
-            if steps.device.type == "cuda":
-                peaks[kind] = torch.cuda.max_memory_allocated() / 2**20
-    out = {}
-    for kind, found in seconds.items():
-        clock, cpu = (statistics.median(x) for x in zip(*found, strict=True))
-        out[kind] = {"seconds": clock, "cpu_seconds": cpu, "peak_mib": peaks.get(kind, 0.0)}
+class Case(NamedTuple):
+    """What is timed together."""
+
+    size: str
+    alpha_0: float
+    option: str
+    kinds: tuple[str, ...]
+
+
+def rows_of(case: Case, args: argparse.Namespace, peak: float) -> Iterator[dict[str, Any]]:
+    """Medians of one case, a row for each kind: {size, layers, alpha_0, option, kind, rows, ...}; or why there are none."""
+    device = torch.device(args.device)
+    base = {"size": case.size, "alpha_0": case.alpha_0, "option": case.option}
+    try:
+        config = config_of(case.size, case.alpha_0, case.option, args.rows, device)
+    except ConfigError as refusal:
+        yield {**base, "kind": "ours", "refused": str(refusal)}
+        return
+    base |= {
+        "layers": config.model.num_layers,
+        "rows": config.train.global_batch_size,
+        "capacity": run_capacity(config),
+    }
+    running: dict[str, Any] = {}
+    took: dict[str, list[tuple[float, float, float, float]]] = {}
+    free_memory(device)
+    try:
+        for kind in case.kinds:
+            running[kind], took[kind] = steps_of(kind, config), []
+        warmup = 3 if device.type == "cuda" else 1  # shapes that vary are compiled anew in the second step
+        for _ in range(warmup + args.steps):
+            for kind, steps in running.items():
+                clock, cpu = time.perf_counter(), time.process_time()
+                loss, norm = steps.step()  # both are read, so a GPU is done
+                took[kind].append((time.perf_counter() - clock, time.process_time() - cpu, loss, norm))
+        for kind in case.kinds:
+            clocks, cpus, losses, norms = (list(x) for x in zip(*took[kind], strict=True))
+            row = {**base, "kind": kind, "seconds": statistics.median(clocks[warmup:]), "first_seconds": clocks[0]}
+            row |= {"cpu_seconds": statistics.median(cpus[warmup:]), "losses": losses, "grad_norms": norms}
+            row["each"] = (clocks if device.type == "cuda" else cpus)[warmup:]
+            if device.type == "cuda":
+                row["peak_mib"] = torch.cuda.max_memory_allocated(device) / 2**20
+            elif not args.no_peaks:
+                row["peak_mib"] = peak_of(config, kind)
+            if isinstance(running[kind], Ours):
+                row |= {
+                    "parts": parts_of(kernel_table(running[kind].step, device)),
+                    "kernels": running[kind].engine.kernels,
+                }
+            yield row | speed_of(row, config, peak)
+    except torch.OutOfMemoryError as error:
+        yield {**base, "kind": "+".join(case.kinds), "refused": str(error).splitlines()[0]}
+    finally:
+        for steps in running.values():
+            steps.close()
+        del running
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what closed steps held; what they compiled is not kept, because the number of graphs for one code is limited."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def speed_of(row: dict[str, Any], config: Config, peak: float) -> dict[str, float]:
+    """Tokens of the data in a second of the clock, and, of ours, what the model's arithmetic makes of the device."""
+    count, seconds = row["rows"] * config.model.seq_length, row["seconds"]
+    out = {"tokens_per_second": count / seconds}
+    if row["kind"] == "ours":
+        if config.train.device == "cpu":  # what others take of a shared machine is not the step's
+            seconds = row["cpu_seconds"] / torch.get_num_threads()
+        flops = count * flops_per_token(config.model, config.objective)
+        out |= {"tflops": flops / seconds / 1e12, "mfu": flops / seconds / peak}
     return out
 
 
-def measure(steps: Steps, size: str, option: str, args: argparse.Namespace, peak: float) -> dict[str, Any]:
-    """Medians of one size, alpha_0 and option."""
-    alpha_0, on_cpu = steps.objective.alpha_0, steps.device.type == "cpu"
-    out: dict[str, Any] = {"size": size, "layers": steps.shape.num_layers, "alpha_0": alpha_0, "option": option}
-    out |= {"rows": steps.rows, "capacity": steps.capacity}
-    if option in ("compile", "graphs"):
-        with contextlib.suppress(torch.OutOfMemoryError):
-            check_compiled(steps)
-    if option == "plain":
-        try:
-            out["loss"] = check_losses(steps)
-        except torch.OutOfMemoryError:
-            out["loss"] = None  # the reference's way does not fit
-    timed = time_of(steps, KINDS if option == "plain" else KINDS[:1], args.steps)
-    if "ours" not in timed:
-        return out
-    for kind, found in timed.items():
-        if on_cpu and option == "plain" and not args.no_peaks:
-            found["peak_mib"] = round(peak_of(size, alpha_0, steps.rows, kind), 1)
-        out[kind] = found
-    count, seconds = steps.rows * steps.shape.seq_length, timed["ours"]["seconds"]
-    flops = count * flops_per_token(steps.shape, steps.objective)
-    out["tokens_per_second"] = count / seconds
-    if on_cpu:  # what others take of a shared machine is not the step's
-        seconds = timed["ours"]["cpu_seconds"] / torch.get_num_threads()
-    out |= {"tflops": flops / seconds / 1e12, "mfu": flops / seconds / peak}
-    for kind in timed.keys() - {"ours"}:
-        out[f"{kind}_over_ours"] = timed[kind]["cpu_seconds"] / timed["ours"]["cpu_seconds"]
-    if option == "plain":
-        found = {}
-        for name, work in steps.parts().items():
-            work()
-            found[name] = statistics.median(seconds_of(work, steps.device)[1] for _ in range(args.steps))
-        steps.model.zero_grad()
-        found["rest"] = max(timed["ours"]["cpu_seconds"] - sum(found.values()), 0.0)
-        out["parts"] = found
+def cost(row: dict[str, Any], device: torch.device) -> float:
+    """What a step is judged by."""
+    return row["seconds" if device.type == "cuda" else "cpu_seconds"]
+
+
+def times(other: dict[str, Any], row: dict[str, Any], device: torch.device) -> float:
+    """How many times `row` the other one costs; where both took turns, the median over turns, which a change of the machine's
+    speed leaves alone.
+    """
+    if device.type == "cuda" or len(other["each"]) != len(row["each"]):
+        return cost(other, device) / cost(row, device)
+    return statistics.median(a / b for a, b in zip(other["each"], row["each"], strict=True))
+
+
+def baseline(found: list[dict[str, Any]], row: dict[str, Any], kind: str) -> dict[str, Any] | None:
+    """The row of a baseline for the same size and alpha_0, if it was timed."""
+    same = [r for r in found if r["kind"] == kind and "seconds" in r]
+    return next((r for r in same if (r["size"], r["alpha_0"]) == (row["size"], row["alpha_0"])), None)
+
+
+def differences(found: list[dict[str, Any]], device: torch.device) -> list[str]:
+    """A line where losses or gradient norms of ours are not those of the reference, or of ours under another option."""
+    out, most = [], (1e-5, 1e-3) if device.type == "cpu" else (2e-2, 5e-2)
+    rows = [row for row in found if "losses" in row and row["kind"] != "ar" and "dropout" not in row["option"]]
+    firsts: dict[tuple[str, float], dict[str, Any]] = {}
+    for row in rows:
+        first = firsts.setdefault((row["size"], row["alpha_0"]), row)
+        for name, bound in zip(("losses", "grad_norms"), most, strict=True):
+            for step, (a, b) in enumerate(zip(first[name], row[name], strict=False)):
+                if not abs(a - b) <= bound * abs(a):
+                    who = f"{first['kind']} {first['option']} {a:.7g}, {row['kind']} {row['option']} {b:.7g}"
+                    out.append(f"{row['size']}, alpha_0 = {row['alpha_0']:g}, step {step}: {name}: {who}")
+                    break
     return out
 
 
-def table_of(found: list[dict[str, Any]], title: str) -> Table:
+def table_of(found: list[dict[str, Any]], title: str, device: torch.device) -> Table:
     """The medians, and ratios to ours."""
     table = Table(title=title)
     names = ("size", "alpha_0", "option", "ours s", "tokens/s", "TFLOP/s", "MFU", "MiB", "reference /", "MiB", "ar /")
     for name in (*names, *PARTS, "rest"):
         table.add_column(name, justify="right")
-    for row in [row for row in found if "ours" in row]:
-        cells = [
-            f"{row['size']} ({row['layers']})",
-            f"{row['alpha_0']:g}",
-            row["option"],
-            f"{row['ours']['cpu_seconds']:.3f}",
-        ]
-        cells += [f"{row['tokens_per_second']:,.0f}", f"{row['tflops']:.2f}", f"{row['mfu']:.1%}"]
-        cells += [f"{row['ours']['peak_mib']:.0f}", f"{row.get('reference_over_ours', 0):.2f}"]
-        cells += [f"{row.get('reference', {}).get('peak_mib', 0):.0f}", f"{row.get('ar_over_ours', 0):.2f}"]
-        cells += [f"{seconds / row['ours']['cpu_seconds']:.0%}" for seconds in row.get("parts", {}).values()]
-        table.add_row(*cells)
+    for row in [row for row in found if row["kind"] == "ours"]:
+        cells = [f"{row['size']} ({row.get('layers', '')})", f"{row['alpha_0']:g}", row["option"]]
+        if "refused" in row:
+            table.add_row(*cells, "refused")
+            continue
+        cells += [f"{cost(row, device):.3f}", f"{row['tokens_per_second']:,.0f}", f"{row['tflops']:.2f}"]
+        cells += [f"{row['mfu']:.1%}", f"{row.get('peak_mib', 0):.0f}"]
+        for kind in KINDS[1:]:
+            other = baseline(found, row, kind)
+            cells += ["" if other is None else f"{times(other, row, device):.2f}"]
+            if kind == "reference":
+                cells += ["" if other is None else f"{other.get('peak_mib', 0):.0f}"]
+        table.add_row(*cells, *(f"{share:.0%}" for share in row["parts"].values()))
     return table
 
 
 def draw(found: list[dict[str, Any]], picture: Path, title: str) -> None:
-    """Shares of a step's time, and MFU, by size and alpha_0."""
+    """Parts of a step's time, and MFU, by size and alpha_0."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
     rows = [row for row in found if "parts" in row]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 1.2 + 0.5 * max(len(rows), len(found))))
-    names, start = [f"{row['size']}, {row['alpha_0']:g}" for row in rows], np.zeros(len(rows))
+    names = [f"{row['size']}, {row['alpha_0']:g}, {row['option']}" for row in rows]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 1.2 + 0.5 * max(len(rows), 1)))
+    start = np.zeros(len(rows))
     for part in (*PARTS, "rest"):
-        share = np.array([row["parts"][part] / row["ours"]["cpu_seconds"] for row in rows])
-        left.barh(names, share, left=start, label=part.replace("_", ", "))
+        share = np.array([row["parts"][part] for row in rows])
+        left.barh(names, share, left=start, label=part)
         start += share
-    left.set(title="share of a step, by size and alpha_0", xlabel="parts timed by themselves")
-    left.invert_yaxis()
+    left.set(title="share of a step", xlabel="by its profile")
     left.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.25), ncols=3)
-    done = [row for row in found if "mfu" in row]
-    right.barh(
-        [f"{row['size']}, {row['alpha_0']:g}, {row['option']}" for row in done], [100 * row["mfu"] for row in done]
-    )
+    right.barh(names, [100 * row["mfu"] for row in rows])
     right.set(title="MFU in percent", xlabel=title)
-    right.invert_yaxis()
+    for side in (left, right):
+        side.invert_yaxis()
     figure.tight_layout()
     figure.savefig(picture, dpi=110)
     plt.close(figure)
 
 
 def below_bars(found: list[dict[str, Any]], device: torch.device) -> list[str]:
-    """A line for each number that misses its bar."""
+    """A line for each bar that is missed, or was not measured."""
     out = []
+    ours = [row for row in found if row["kind"] == "ours"]
     if device.type == "cpu":
-        for row in found:
-            if row["size"] == "mid" and row["option"] == "plain" and (bar := BARS.get(row["alpha_0"])):
-                if row["reference_over_ours"] < bar:
-                    out.append(f"alpha_0 = {row['alpha_0']:g}: {row['reference_over_ours']:.2f} is below {bar}")
-                if row["ours"]["peak_mib"] > row["reference"]["peak_mib"]:
-                    out.append(f"alpha_0 = {row['alpha_0']:g}: more memory than the reference's way")
+        for alpha_0, bar in BARS.items():
+            row = next((r for r in ours if (r["size"], r["alpha_0"], r["option"]) == ("mid", alpha_0, "plain")), None)
+            other = row and baseline(found, row, "reference")
+            if not row or not other:
+                out.append(f"mid, alpha_0 = {alpha_0:g}: was not measured")
+                continue
+            ratio = times(other, row, device)
+            if ratio < bar:
+                out.append(f"mid, alpha_0 = {alpha_0:g}: reference / ours {ratio:.2f} is below {bar}")
+            if row.get("peak_mib", 0) > other.get("peak_mib", 0):
+                out.append(f"mid, alpha_0 = {alpha_0:g}: more memory than the reference's way")
         return out
-    for (size, alpha_0), (name, bar) in GPU_BARS.items():
-        best = max((row.get(name, 0) for row in found if (row["size"], row["alpha_0"]) == (size, alpha_0)), default=bar)
-        if best < bar:
-            out.append(f"{size}, alpha_0 = {alpha_0:g}: {name} {best:,.3g} is below {bar:,.3g}")
+    for (size, alpha_0, dropout), (name, bar) in GPU_BARS.items():
+        cells = [r for r in ours if (r["size"], r["alpha_0"], "dropout" in r["option"]) == (size, alpha_0, dropout)]
+        best = max((row[name] for row in cells if name in row), default=None)
+        where = f"{size}, alpha_0 = {alpha_0:g}{', dropout' * dropout}"
+        if best is None:
+            why = next((row["refused"] for row in cells if "refused" in row), "the budget was spent")
+            out.append(f"{where}: {name} was not measured: {why}")
+        elif best < bar:
+            out.append(f"{where}: {name} {best:,.3g} is below {bar:,.3g}")
     return out
 
 
@@ -485,8 +555,11 @@ def peak_of_device(tflops: float | None, device: torch.device) -> float:
     """FLOP/s: as given, by a GPU's name, or the best of a large matrix product on this CPU, by CPU-seconds as all else."""
     if tflops is not None or device.type == "cuda":
         return peak_flops(SimpleNamespace(train=SimpleNamespace(peak_tflops=tflops)), device)  # type: ignore[arg-type]
-    a = torch.randn(2048, 2048)
-    best = min(seconds_of(lambda: a @ a, device)[1] for _ in range(6))
+    a, best = torch.randn(2048, 2048), float("inf")
+    for _ in range(6):
+        start = time.process_time()
+        a @ a
+        best = min(best, time.process_time() - start)
     return 2 * 2048**3 / best * torch.get_num_threads()
 
 
@@ -498,120 +571,127 @@ def roofline(sizes: str, alphas: str, peak: float, bandwidth: float) -> Table:
     bf16: norms, residuals and rotary embedding 24 H, attention 4 H, the MLP's activation 3 F; three times, for backward.
     """
     table = Table(title=f"peak {peak / 1e12:.0f} TFLOP/s, {bandwidth / 1e12:.1f} TB/s")
-    names = (
-        "size",
-        "parameters",
-        "alpha_0",
-        "rows",
-        "TFLOP",
-        "of which head",
-        "ms at peak",
-        "GB",
-        "ms of bytes",
-        "tokens/s at peak",
-    )
-    for name in names:
+    names = ("size", "parameters", "alpha_0", "rows", "TFLOP", "of which head", "ms at peak", "GB", "ms of bytes")
+    for name in (*names, "tokens/s at peak"):
         table.add_column(name, justify="right")
     for size, alpha_0 in itertools.product(sizes.split(","), map(float, alphas.split(","))):
-        shape, objective, rows = ModelConfig(**SIZES[size]), ObjectiveConfig(alpha_0=alpha_0), ROWS.get(size, 8)
-        tokens, packed = (
-            rows * shape.seq_length,
-            rows * shape.seq_length * (1 + (1 - objective.fraction) * (1 - alpha_0)),
-        )
+        config = config_of(size, alpha_0, "plain", None, torch.device("cpu"))
+        shape, objective, rows = config.model, config.objective, config.train.global_batch_size
+        tokens = rows * shape.seq_length
+        packed = tokens * (1 + (1 - objective.fraction) * (1 - alpha_0))
         flops = tokens * flops_per_token(shape, objective)
-        without = shape.model_copy(update={"vocab_size": 2})
-        head = flops - tokens * flops_per_token(without, objective)
+        head = flops - tokens * flops_per_token(shape.model_copy(update={"vocab_size": 2}), objective)
         moved = 34 * num_parameters(shape)
         moved += 3 * 2 * packed * shape.num_layers * (28 * shape.hidden_size + 3 * shape.ffn_size)
-        cells = [
-            size,
-            f"{num_parameters(shape) / 1e6:.0f}M",
-            f"{alpha_0:g}",
-            str(rows),
-            f"{flops / 1e12:.2f}",
-            f"{head / flops:.0%}",
-        ]
-        cells += [f"{1e3 * flops / peak:.1f}", f"{moved / 1e9:.1f}", f"{1e3 * moved / bandwidth:.1f}"]
-        table.add_row(*cells, f"{tokens * peak / flops:,.0f}")
+        cells = [size, f"{num_parameters(shape) / 1e6:.0f}M", f"{alpha_0:g}", str(rows), f"{flops / 1e12:.2f}"]
+        cells += [f"{head / flops:.0%}", f"{1e3 * flops / peak:.1f}", f"{moved / 1e9:.1f}"]
+        table.add_row(*cells, f"{1e3 * moved / bandwidth:.1f}", f"{tokens * peak / flops:,.0f}")
     return table
 
 
-def matrix(args: argparse.Namespace, device: torch.device, peak: float) -> Iterator[dict[str, Any]]:
-    """All sizes, options and alpha_0, compiled ones last."""
-    alphas = [float(x) for x in args.alphas.split(",")]
-    for size in args.sizes.split(","):
-        steps = Steps(size, alphas[0], args.rows or ROWS.get(size, 8), device)
-        for option in [option for option in OPTIONS if option in args.options.split(",")]:
-            if option in ("compile", "graphs"):
-                torch._dynamo.reset()  # blocks of all sizes share their code, and the number of graphs for one is limited
-                steps.model.compile_blocks(cuda_graphs=option == "graphs")
-            for alpha_0 in alphas:
-                if time.monotonic() > args.until:
-                    sys.stderr.write(f"{size} {option} {alpha_0:g}: left out, the budget is spent\n")
-                    continue
-                steps.choose(alpha_0, recompute=option == "recompute")
-                row = measure(steps, size, option, args, peak)
-                sys.stderr.write(f"{size} {option} {alpha_0:g}: {row.get('tokens_per_second', 0):,.0f} tokens/s\n")
-                yield row
-        del steps
-        gc.collect()
+def cases_of(args: argparse.Namespace) -> list[Case]:
+    """All sizes, alpha_0 and options; on a GPU those with a bar first, and baselines, alone, after all of ours."""
+    alphas, sizes, options = map(float, args.alphas.split(",")), args.sizes.split(","), args.options.split(",")
+    wanted = list(itertools.product(alphas, sizes, options))
+    if torch.device(args.device).type == "cpu":  # turns, because a shared machine's speed varies
+        return [Case(s, a, o, KINDS if o == options[0] else KINDS[:1]) for a, s, o in wanted]
+    wanted.sort(key=lambda case: (case[1], case[0], "dropout" in case[2]) not in GPU_BARS)
+    ours = [Case(s, a, o, KINDS[:1]) for a, s, o in wanted]
+    others = [Case(s, a, "plain", (kind,)) for kind in KINDS[1:] for a, s, o in wanted if o == options[0]]
+    return ours + others
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def profiles(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The kernels of one step of ours, of each case."""
+    device = torch.device(args.device)
+    for case in [case for case in cases_of(args) if "ours" in case.kinds]:
+        free_memory(device)
+        steps = Ours(config_of(case.size, case.alpha_0, case.option, args.rows, device))
+        for _ in range(3):
+            steps.step()
+        table = kernel_table(steps.step, device)
+        steps.close()
+        out = {"what": f"step {case.size}, alpha_0 = {case.alpha_0:g}, {case.option}", "parts": parts_of(table)}
+        yield out | {"ms": sum(r["ms"] for r in table), "kernels": shortened(table, args.top)}
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     gpu = torch.cuda.is_available()
-    parser.add_argument("--sizes", default="124m,1.7b,7b" if gpu else "mid", help=f"of {', '.join(SIZES)}")
-    parser.add_argument(
-        "--alphas", default="1,0.25,0" if gpu else "1,0.5,0.25,0", help="alpha_0 of each line of the table"
-    )
-    parser.add_argument(
-        "--options", default="plain,recompute,compile,graphs" if gpu else "plain", help=f"of {', '.join(OPTIONS)}"
-    )
+
+    def names(known: Any) -> Callable[[str], str]:
+        def checked(text: str) -> str:
+            for name in text.replace("+", ",").split(","):
+                if name not in known:
+                    raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
+            return text
+
+        return checked
+
+    parser.add_argument("--sizes", type=names(SIZES), default="124m,1.7b,7b" if gpu else "mid", help=", ".join(SIZES))
+    parser.add_argument("--alphas", default="1,0.25,0" if gpu else "1,0.5,0.25,0", help="alpha_0 of each line")
+    usual = "compile,compile+dropout" if gpu else "plain"
+    parser.add_argument("--options", type=names(OPTIONS), default=usual, help=f"of {', '.join(OPTIONS)}; a+b is both")
     parser.add_argument("--steps", type=int, default=5, help="measured steps of each kind (default: 5)")
     parser.add_argument("--rows", type=int, help="rows in a step (default: by size)")
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
     parser.add_argument("--peak-tflops", type=float, help="of the device (default: by name, or measured on a CPU)")
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    parser.add_argument("--json", type=Path, help="also write the numbers here, as they come")
     parser.add_argument("--picture", type=Path, help="draw the parts of a step and MFU into this PNG")
-    parser.add_argument(
-        "--roofline", action="store_true", help="print the floor of a step on an H200, and measure nothing"
-    )
-    parser.add_argument("--bars", action="store_true", help="judge the bars of an H200")
+    parser.add_argument("--roofline", action="store_true", help="print the floor of a step on an H200, measure nothing")
+    parser.add_argument("--profile", action="store_true", help="tables of the kernels of a step of ours, instead")
+    parser.add_argument("--top", type=int, default=40, help="kernels of a table in the JSON (default: 40)")
+    parser.add_argument("--bars", action="store_true", help="judge the bars: of an H200, or of the size mid on a CPU")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds after which nothing more is begun")
     parser.add_argument("--no-peaks", action="store_true", help="leave out the memory of a CPU's steps")
     parser.add_argument("--peak-of", choices=KINDS, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    args.until = time.monotonic() + args.budget
+    return parser.parse_args()
+
+
+def main() -> int:
+    args, began = arguments(), time.monotonic()
     if args.peak_of:
-        print(peak_here(args.sizes, float(args.alphas), args.rows, args.peak_of))
+        print(peak_here(Config.model_validate_json(sys.stdin.read()), args.peak_of))
         return 0
     if args.roofline:
         Console(width=140).print(roofline(args.sizes, args.alphas, 989e12, 4.8e12))
         return 0
-    device = torch.device(args.device)
-    kernels = flash.choose(device)
-    peak = peak_of_device(args.peak_tflops, device)
+    device, eye = torch.device(args.device), Console(stderr=True, width=170)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    title = f"{name}, peak {peak / 1e12:.3g} TFLOP/s, medians of {args.steps}"
-    out: dict[str, Any] = {
-        "device": name,
-        "peak_tflops": peak / 1e12,
-        "steps": args.steps,
-        "torch": torch.__version__,
-        "kernels": kernels,
-    }
-    out["runs"] = []
-    for row in matrix(args, device, peak):
-        out["runs"].append(row)
+    out: dict[str, Any] = {"device": name, "steps": args.steps, "torch": torch.__version__, "rows": []}
+
+    def keep(row: dict[str, Any]) -> None:
+        out["rows"].append(row)
         if args.json:  # as it grows: a run that is cut off leaves what it has
             args.json.write_text(json.dumps(out, indent=1) + "\n")
-    Console(stderr=True, width=170).print(table_of(out["runs"], title))
+
+    if args.profile:
+        for found in profiles(args):
+            keep(found)
+            eye.print(kernel_rows(found))
+        return 0
+    peak = peak_of_device(args.peak_tflops, device)
+    out["peak_tflops"] = peak / 1e12
+    for case in cases_of(args):
+        if time.monotonic() - began > args.budget:
+            eye.print(f"{case}: left out, the budget is spent")
+            continue
+        for row in rows_of(case, args, peak):
+            keep(row)
+            said = row.get("refused") or f"{row['tokens_per_second']:,.0f} tokens/s"
+            eye.print(f"{row['size']} {row['alpha_0']:g} {row['option']} {row['kind']}: {said}", highlight=False)
+    title = f"{name}, peak {peak / 1e12:.3g} TFLOP/s, medians of {args.steps}"
+    eye.print(table_of(out["rows"], title, device))
+    wrong = differences(out["rows"], device)
+    out["missed"] = [*wrong, *(below_bars(out["rows"], device) if args.bars else [])]
+    if args.json:
+        args.json.write_text(json.dumps(out, indent=1) + "\n")
     print(json.dumps(out, indent=1))
     if args.picture:
-        draw(out["runs"], args.picture, title)
-    low = below_bars(out["runs"], device) if args.bars or (device.type == "cpu" and not args.no_peaks) else []
-    sys.stderr.writelines(line + "\n" for line in low)
-    return 1 if low else 0
+        draw(out["rows"], args.picture, title)
+    sys.stderr.writelines(line + "\n" for line in out["missed"])
+    return 1 if out["missed"] else 0
 
 
 if __name__ == "__main__":

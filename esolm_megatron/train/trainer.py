@@ -118,7 +118,7 @@ class _Run:
     def go(self) -> Outcome:
         """The run, from its newest checkpoint to its end."""
         config, engine, t = self.config, self.engine, self.config.train
-        noised_by = _noising(config, engine)
+        noised_by = noising(config, engine)
         self.feed = Feed(config, engine, self.guard)
         self.watchdog.patience_s = self.feed.patience_s
         self.step = self.saved = resume(config, engine, self.feed)
@@ -289,7 +289,7 @@ def _set_aside(run_dir: Path, steps: Sequence[int], number: int) -> None:
         folder.rename(folder.with_name(f"{folder.name}.rolled_back-{number}"))
 
 
-def _noising(config: Config, engine: Engine) -> Callable[[Batch, int], Noised]:
+def noising(config: Config, engine: Engine) -> Callable[[Batch, int], Noised]:
     """A function of this rank's batch and the step (from 1) it makes: the batch with the noise of that step."""
     top, t = engine.topology, config.train
     capacity = run_capacity(config)

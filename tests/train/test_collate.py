@@ -45,7 +45,7 @@ def by_hand(config):
     from esolm_megatron.parallel.engine import Engine
     from esolm_megatron.train.preflight import resolve
     from esolm_megatron.train.schedule import learning_rate
-    from esolm_megatron.train.trainer import _noising
+    from esolm_megatron.train.trainer import noising
 
     config = resolve(config)
     engine, t = Engine(config), config.train
@@ -53,7 +53,7 @@ def by_hand(config):
     stream = TokenStream(
         config.data, seq_length=32, global_batch_size=8, data_rank=top.data_rank, data_size=top.data_size, seed=3
     )
-    noised = _noising(config, engine)
+    noised = noising(config, engine)
     return [
         engine.train_step(noised(stream.batch(s), s + 1), learning_rate(s, config.optim, t.num_steps)).loss
         for s in range(t.num_steps)
@@ -79,12 +79,12 @@ def with_a_refused_step(config):
     from esolm_megatron.train.feed import Feed
     from esolm_megatron.train.guard import Guard
     from esolm_megatron.train.preflight import resolve
-    from esolm_megatron.train.trainer import _noising
+    from esolm_megatron.train.trainer import noising
 
     config = resolve(config)
     engine = Engine(config)
     feed = Feed(config, engine, Guard(config.guard, config.run_dir, writes=False))
-    noised = _noising(config, engine)
+    noised = noising(config, engine)
     make = lambda batch, step: engine.stage(noised(batch, step))  # noqa: E731
     with Ahead(feed, 5, make) as ahead:
         got = [(number, staged.shares) for number, staged in map(ahead.next, (1, 1, 2, 2))]
