@@ -13,10 +13,10 @@ import torch
 import yaml
 
 from checkpoints_conversion.probe import BOUNDS, difference, folder_logits, probe_row, streamed_logits
-from esolm_megatron import __version__
 from esolm_megatron.checkpoint import Checkpoint, Piece, step_folder
 from esolm_megatron.checkpoint.folder import commit, staging_folder, write_rank
 from esolm_megatron.model.pretrained import PretrainedError, Progress, open_tensors
+from esolm_megatron.version import __version__
 
 MODEL_FILE = "model.yaml"
 

@@ -122,7 +122,7 @@ def run_sample(args: argparse.Namespace) -> int:
     import torch
 
     from esolm_megatron.inference import parse_infill
-    from esolm_megatron.inference.animation import Replay
+    from esolm_megatron.inference.animation import Animation
 
     chosen = options(SampleOptions, args.overrides)
     model = chosen.load(args.path)
@@ -138,7 +138,7 @@ def run_sample(args: argparse.Namespace) -> int:
     where = positions.tolist() if positions is not None else list(range(len(given)))
     replay = None
     if args.watch or args.html:
-        replay = Replay(chosen.num_samples, length, model.tokenizer.decode, dict(zip(where, given, strict=True)))
+        replay = Animation(chosen.num_samples, length, model.tokenizer.decode, dict(zip(where, given, strict=True)))
     with replay.live(chosen.seconds_per_pass) if replay and args.watch else nullcontext():
         samples = model.sample(
             chosen.num_samples,

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from esolm_megatron import __version__
 from esolm_megatron.checkpoint import Checkpoint, CheckpointError
 from esolm_megatron.checkpoint import folder as checkpoint
 from esolm_megatron.config import Config, ConfigError, dump
@@ -35,6 +34,7 @@ from esolm_megatron.train.metrics import Metrics, Stragglers, WallClock, peak_fl
 from esolm_megatron.train.saver import Saver
 from esolm_megatron.train.schedule import learning_rate
 from esolm_megatron.train.watchdog import Watchdog
+from esolm_megatron.version import __version__
 
 
 class StopRequest:

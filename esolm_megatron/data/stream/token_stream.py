@@ -1,6 +1,6 @@
 """Batches of token rows: the batch of any step, at once, without reading what came before.
 
-    sample of the run -> source and number there (mixture.py) -> sequence (order.py) -> block and offset -> tokens
+    sample of the run -> source and number there (mixture.py) -> sequence (shuffle.py) -> block and offset -> tokens
 
 All of it is arithmetic: the batch of a step is a function of (manifests, mixture, seed, step) alone.
 """
@@ -8,7 +8,6 @@ All of it is arithmetic: the batch of a step is a function of (manifests, mixtur
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,41 +19,11 @@ from esolm_megatron.data.shards import ShardEntry, ShardReader
 from esolm_megatron.data.shards.format import ShardDamage
 from esolm_megatron.data.shards.identity import summary
 from esolm_megatron.data.shards.shard_cache import CachedFolder, open_folder
+from esolm_megatron.data.stream.batch import Batch, Damage
 from esolm_megatron.data.stream.mixture import Mixture, pattern, phases_of, sources_of
 from esolm_megatron.data.stream.prefetch import Prefetch
 from esolm_megatron.data.stream.shuffle import Order, permutation
 from esolm_megatron.errors import DataError
-
-
-@dataclass(frozen=True)
-class Damage:
-    """A row that could not be read and was left blank; block and offset are those in its shard's folder."""
-
-    source: str
-    shard: str
-    block: int
-    offset: int
-    row: int
-    sample: int
-    error: str
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows of tokens."""
-
-    tokens: np.ndarray
-    """int64 (rows, L)."""
-    valid: np.ndarray
-    """bool (rows, L); False where a short validation row is filled up with end-of-text, and all over a blank row."""
-    rows: np.ndarray
-    """int64 (rows,): place of each row in the global batch; in validation, its place in the split."""
-    samples: np.ndarray
-    """int64 (rows,): number of each row in the whole run; in validation, its place in the split."""
-    documents: list[np.ndarray]
-    """For each row, where inside it documents start; place 0 is left out."""
-    damage: tuple[Damage, ...] = ()
-    """The blank rows."""
 
 
 def data_config(data: DataConfig | str | Path, **fields: Any) -> DataConfig:
