@@ -6,7 +6,6 @@ import queue
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
 
 from esolm_megatron.data.shards import ShardEntry
 from esolm_megatron.data.shards.shard_cache import CachedFolder
@@ -64,9 +63,7 @@ class Prefetch(Iterator[Batch]):
     def __enter__(self) -> Prefetch:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _read_ahead(self) -> None:
