@@ -33,7 +33,7 @@ from rich.table import Table
 from torch import Tensor
 
 from esolm_megatron.config import ModelConfig
-from esolm_megatron.inference import sample
+from esolm_megatron.inference import SampleRequest, sample
 from esolm_megatron.inference.decoding.cuda_graphs import RecordedPasses
 from esolm_megatron.inference.decoding.draw import draw_tokens
 from esolm_megatron.inference.decoding.scheduler import plan_rows
@@ -158,7 +158,7 @@ def cell(model: EsoLM, batch: int, length: int, steps: str, methods: list[str], 
     kind = (
         {"schedule": "first_hitting", "steps": 1} if steps == "one" else {"schedule": "binomial", "steps": int(steps)}
     )
-    plans = plan_rows(range(batch), length, mask_id=model.shape.mask_id, alpha_0=1.0, **kind)
+    plans = plan_rows(SampleRequest(batch, length, alpha_0=1.0, **kind), model.shape.mask_id)
     orders, ks = torch.from_numpy(np.stack([p.order for p in plans])).to(device), plans[0].ks
     ways = {
         "ours": lambda: sample(model, batch, length, alpha_0=1.0, **kind),

@@ -161,9 +161,9 @@ def test_the_terminal_shows_holes_until_they_are_filled():
     out = io.StringIO()
     animation = Animation(1, 4, lambda ids: "".join(chr(97 + i) for i in ids), {0: 25})
     with animation.live(0.0, Console(file=out, force_terminal=True, width=60, color_system=None)):
-        replay(0, np.array([0]), np.array([3]), np.array([1]))
+        animation(0, np.array([0]), np.array([3]), np.array([1]))
         assert "z··" in str(animation.drawn().renderables[1])
-        replay(1, np.array([0, 0]), np.array([1, 2]), np.array([2, 3]))
+        animation(1, np.array([0, 0]), np.array([1, 2]), np.array([2, 3]))
     assert str(animation.drawn().renderables[1]) == "zcdb"
     assert "pass 2" in out.getvalue()
     assert "4 of 4 tokens" in out.getvalue()
