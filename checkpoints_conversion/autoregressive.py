@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from checkpoints_conversion import hub
-from checkpoints_conversion.probe import BOUNDS, difference, folder_logits, probe_row
+from checkpoints_conversion.probe import BOUNDS, difference, folder_logits, probe_row, require
 from esolm_megatron.checkpoint.tensorfile import TensorFolder, TensorFolderError
 from esolm_megatron.config import ModelConfig
 from esolm_megatron.model.attention import PackedAttention, PackedLayout
@@ -108,11 +108,7 @@ def import_autoregressive(
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         mine = folder_logits(folder, tokens, positions, wide)[:, : read.kept]
         found.append(difference(mine, theirs, max(BOUNDS[dtype], BOUNDS[torch.float32]) if dtype != stored else 1e-4))
-        if not found[0][0] <= found[0][1]:
-            raise ForeignModel(
-                f"{path}: the imported network does not answer as the source does: largest difference {found[0][0]:.3g}, "
-                f"allowed {found[0][1]:.3g}; nothing was written to {out}"
-            )
+        require(*found[0], f"{path}: the imported network does not answer as the source does", out, ForeignModel)
 
     save_model(
         out,

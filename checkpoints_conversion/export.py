@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from checkpoints_conversion import hub
-from checkpoints_conversion.probe import BOUNDS, difference, folder_logits
+from checkpoints_conversion.probe import BOUNDS, difference, folder_logits, require
 from esolm_megatron.checkpoint import Checkpoint, complete_steps, newest, step_folder
 from esolm_megatron.config import ModelConfig
 from esolm_megatron.model.pretrained import Progress, parameter_shapes, save_model
@@ -79,11 +79,8 @@ def export_run(
 
     def check(folder: Path) -> None:
         difference, tolerance = probe_difference(checkpoint, folder, weights, dtype)
-        if not difference <= tolerance:
-            raise ExportError(
-                f"{checkpoint.folder}: the exported model does not answer the probe as the training model did: largest "
-                f"difference {difference:.3g}, allowed {tolerance:.3g}; nothing was written to {out}"
-            )
+        what = f"{checkpoint.folder}: the exported model does not answer the probe as the training model did"
+        require(difference, tolerance, what, out, ExportError)
         reports.append(ExportReport(Path(out), checkpoint.step, weights, len(shapes), difference, tolerance))
 
     tokenizer = checkpoint.folder.parent.parent / "tokenizer"

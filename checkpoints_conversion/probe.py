@@ -77,3 +77,9 @@ def difference(mine: Tensor, theirs: Tensor, bound: float) -> tuple[float, float
     seen = ~(torch.isneginf(mine) & torch.isneginf(theirs))
     mine, theirs = mine[seen], theirs[seen]
     return (mine - theirs).abs().max().item(), bound * max(1.0, theirs.abs().max().item())
+
+
+def require(found: float, tolerance: float, what: str, out: str | Path, refusal: type[Exception]) -> None:
+    """Raise `refusal`, with `what` and both numbers, unless the difference `found` is within its bound; nan is not."""
+    if not found <= tolerance:
+        raise refusal(f"{what}: largest difference {found:.3g}, allowed {tolerance:.3g}; nothing was written to {out}")

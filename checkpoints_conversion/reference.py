@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoints_conversion import hub
-from checkpoints_conversion.probe import BOUNDS, difference, folder_logits, probe_row
+from checkpoints_conversion.probe import BOUNDS, difference, folder_logits, probe_row, require
 from checkpoints_conversion.torch_zip import TorchZip, TorchZipError, child
 from esolm_megatron.checkpoint.tensorfile import INDEX_SUFFIX, TensorFolder, TensorFolderError
 from esolm_megatron.config import ModelConfig
@@ -120,11 +120,8 @@ def import_reference(
 
     def check(folder: Path) -> None:
         found.append(_proof(folder, read.state, folded, dtypes, heads))
-        if not found[0][0] <= found[0][1]:
-            raise ForeignCheckpoint(
-                f"{path}: the imported network does not answer as the reference's does: largest difference "
-                f"{found[0][0]:.3g}, allowed {found[0][1]:.3g}; nothing was written to {out}"
-            )
+        what = f"{path}: the imported network does not answer as the reference's does"
+        require(*found[0], what, out, ForeignCheckpoint)
 
     save_model(
         out,

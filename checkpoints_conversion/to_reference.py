@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints_conversion.probe import BOUNDS, difference, folder_logits, probe_row
+from checkpoints_conversion.probe import BOUNDS, difference, folder_logits, probe_row, require
 from checkpoints_conversion.reference import fold, reference_logits
 from esolm_megatron.checkpoint.tensorfile import Entry, TensorFolder, sync_folder, write_json, write_tensors
 from esolm_megatron.config import ModelConfig
@@ -78,11 +78,8 @@ def export_reference(model_folder: str | Path, out: str | Path) -> ReferenceExpo
         write_json(partial / CONFIG, tree)
         sync_folder(partial)
         found, tolerance = _proof(model_folder, partial, config)
-        if not found <= tolerance:
-            raise PretrainedError(
-                f"{model_folder}: under the reference's names it answers differently: largest difference {found:.3g}, "
-                f"allowed {tolerance:.3g}; nothing was written to {target}"
-            )
+        what = f"{model_folder}: under the reference's names it answers differently"
+        require(found, tolerance, what, target, PretrainedError)
         os.rename(partial, target)
     except OSError as error:
         raise PretrainedError(f"{target}: cannot be written: {error}") from error

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 import yaml
 
-from checkpoints_conversion.probe import BOUNDS, difference, folder_logits, probe_row, streamed_logits
-from esolm_megatron import __version__
+from checkpoints_conversion.probe import BOUNDS, difference, folder_logits, probe_row, require, streamed_logits
 from esolm_megatron.checkpoint import Checkpoint, Piece, step_folder
 from esolm_megatron.checkpoint.folder import commit, staging_folder, write_rank
 from esolm_megatron.model.pretrained import PretrainedError, Progress, open_tensors
+from esolm_megatron.version import __version__
 
 MODEL_FILE = "model.yaml"
 
@@ -79,11 +79,9 @@ def start_run(model_folder: str | Path, run_dir: str | Path, *, progress: Progre
             return written.read("weight", name)
 
         found, tolerance = difference(streamed_logits(config, read, tokens, positions), theirs, BOUNDS[torch.float32])
-        if not found <= tolerance:
-            raise PretrainedError(
-                f"{run}: its checkpoint does not answer the probe as {model_folder} does: largest difference {found:.3g}, "
-                f"allowed {tolerance:.3g}; nothing was written"
-            )
+        require(
+            found, tolerance, f"its checkpoint does not answer the probe as {model_folder} does", run, PretrainedError
+        )
         (partial / MODEL_FILE).write_text(yaml.safe_dump(model, sort_keys=False))
         os.rename(partial, run)
     except OSError as error:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 
 from rich.console import Console
 
-from esolm_megatron import __version__
 from esolm_megatron.commands import data, generate, jobs, model, run
 from esolm_megatron.config import UserError
+from esolm_megatron.version import __version__
 
 
 def parser() -> argparse.ArgumentParser:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from truth import MODERN, make_config, plain_loss, plain_model, share_of_step
 
-from esolm_megatron.inference import sample
+from esolm_megatron.inference import SampleRequest, sample
 from esolm_megatron.inference.decoding.cuda_graphs import RECORD_AT
 from esolm_megatron.inference.decoding.decoder import Decoder
 from esolm_megatron.inference.decoding.scheduler import plan_rows
@@ -96,7 +96,7 @@ def test_recorded_passes_give_what_launched_ones_give(dtype, tolerance):
     config = make_config(WIDE)
     model = EsoLM(config.model, PlainLinears(dtype, "cuda"))
     model.load_state_dict(plain_model(config).state_dict())
-    plans = plan_rows(range(3), 96, mask_id=model.shape.mask_id, alpha_0=0.5, steps=8, own_schedules=True)
+    plans = plan_rows(SampleRequest(3, 96, alpha_0=0.5, steps=8, own_schedules=True), model.shape.mask_id)
     order = torch.stack([torch.from_numpy(plan.order) for plan in plans]).cuda()
     found = []
     with torch.inference_mode():

@@ -36,7 +36,7 @@ from rich.table import Table
 from torch import Tensor
 
 from esolm_megatron.config import ModelConfig
-from esolm_megatron.inference import sample
+from esolm_megatron.inference import SampleRequest, sample
 from esolm_megatron.inference.decoding.cuda_graphs import RecordedPasses
 from esolm_megatron.inference.decoding.draw import draw_tokens
 from esolm_megatron.inference.decoding.scheduler import plan_rows
@@ -193,7 +193,7 @@ def cell(
 ) -> list[dict]:
     """A row for each method. ours: seconds of ours where they are known, after a few times which baselines are stopped."""
     device, kind = model.embedding.weight.device, kind_of(steps)
-    plans = plan_rows(range(batch), length, mask_id=model.shape.mask_id, alpha_0=1.0, **kind)
+    plans = plan_rows(SampleRequest(batch, length, alpha_0=1.0, **kind), model.shape.mask_id)
     orders, ks = torch.from_numpy(np.stack([p.order for p in plans])).to(device), plans[0].ks
     ways = {
         "ours": lambda: sample(model, batch, length, alpha_0=1.0, **kind),

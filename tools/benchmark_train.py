@@ -52,9 +52,8 @@ from esolm_megatron.model.transformer import EsoLM, initialise
 from esolm_megatron.objective.esolm import draw_diffusion, draw_sequential
 from esolm_megatron.parallel import pipeline
 from esolm_megatron.parallel.engine import Engine
-from esolm_megatron.train.collate import Ahead
+from esolm_megatron.train.collate import CollateAhead, noising
 from esolm_megatron.train.metrics import peak_flops
-from esolm_megatron.train.trainer import noising
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PAPER, V = "paper/124m_alpha0p25.yaml", "model.vocab_size=50258"
@@ -182,7 +181,7 @@ class Ours:
         self.parameters = [owned.parameter for owned in self.engine.owned]
         make = noising(config, self.engine)
         feed: Any = RandomRows(config)
-        self.ahead = Ahead(feed, 0, lambda batch, step: self.engine.stage(make(batch, step)))
+        self.ahead = CollateAhead(feed, 0, lambda batch, step: self.engine.stage(make(batch, step)))
 
     def step(self) -> tuple[float, float]:
         """Loss and gradient norm of the next optimizer step."""
@@ -259,7 +258,7 @@ class Baseline:
         def made(batch: Batch, step: int) -> list[Streams]:
             return [x.pinned() if gpu else x for x in make(batch, step)]
 
-        self.ahead = Ahead(feed, 0, made)
+        self.ahead = CollateAhead(feed, 0, made)
 
     def step(self) -> tuple[float, float]:
         """Loss and gradient norm of the next optimizer step."""

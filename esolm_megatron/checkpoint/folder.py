@@ -31,7 +31,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from esolm_megatron import __version__
 from esolm_megatron.checkpoint.boxes import (
     KINDS,
     Box,
@@ -46,6 +45,7 @@ from esolm_megatron.checkpoint.boxes import (
     slices,
 )
 from esolm_megatron.checkpoint.tensorfile import Entry, FileFacts, sha256_of, sync_folder, write_json, write_tensors
+from esolm_megatron.version import __version__
 
 FORMAT, VERSION = "esolm-checkpoint", 2
 READS = (1, 2)

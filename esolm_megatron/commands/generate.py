@@ -16,37 +16,20 @@ from rich.table import Table
 
 from esolm_megatron.commands import Placed, options, show
 from esolm_megatron.config import ConfigError
+from esolm_megatron.inference.request import SamplingParams
 
 
-class SampleOptions(Placed):
+class SampleOptions(Placed, SamplingParams):
     """Fields of `esolm sample`."""
 
     num_samples: int = Field(4, ge=1)
     """Texts to generate."""
     length: int | None = Field(None, ge=1)
     """Tokens in each; null means the trained length, or that of `infill`."""
-    steps: int | None = Field(None, ge=1)
-    """Diffusion steps; null means one for each token."""
-    alpha_0: float | None = Field(None, ge=0, le=1)
-    """Share of tokens made by diffusion; null means the trained value."""
-    top_p: float = Field(1.0, gt=0, le=1)
-    """Nucleus that tokens are drawn from."""
-    temperature: float = Field(1.0, ge=0)
-    """Sharpness of the draw; below 1 is sharper, 0 takes the likeliest token."""
-    top_k: int = Field(0, ge=0)
-    """Draw from this many of the likeliest tokens; 0 means all."""
-    repetition_penalty: float = Field(1.0, gt=0)
-    """Above 1, tokens that the text holds already become less likely."""
-    seed: int = Field(0, ge=0)
-    """Seed of orders and tokens."""
     prompt: str | None = None
     """Text that each sample starts with."""
     infill: str | None = None
     """Text with holes: [[12]] is a hole of 12 tokens."""
-    schedule: str = Field("binomial", pattern="^(binomial|uniform|first_hitting)$")
-    """How many tokens each diffusion step makes; first_hitting: one, for as many steps as there are."""
-    order: str = Field("random", pattern="^(random|left_to_right|block_distant)$")
-    """Places of the diffusion steps."""
     positions: list[int] | None = None
     """All positions, [3,0,1,2], as they are to be filled; in place of `order`."""
     own_schedules: bool = False
@@ -122,7 +105,7 @@ def run_sample(args: argparse.Namespace) -> int:
     import torch
 
     from esolm_megatron.inference import parse_infill
-    from esolm_megatron.inference.animation import Replay
+    from esolm_megatron.inference.animation import Animation
 
     chosen = options(SampleOptions, args.overrides)
     model = chosen.load(args.path)
@@ -136,25 +119,27 @@ def run_sample(args: argparse.Namespace) -> int:
         prompt = torch.tensor(model.tokenizer.encode(chosen.prompt), dtype=torch.int64)
     given = [] if prompt is None else prompt.tolist()
     where = positions.tolist() if positions is not None else list(range(len(given)))
-    replay = None
+    animation = None
     if args.watch or args.html:
-        replay = Replay(chosen.num_samples, length, model.tokenizer.decode, dict(zip(where, given, strict=True)))
-    with replay.live(chosen.seconds_per_pass) if replay and args.watch else nullcontext():
+        animation = Animation(chosen.num_samples, length, model.tokenizer.decode, dict(zip(where, given, strict=True)))
+    with animation.live(chosen.seconds_per_pass) if animation and args.watch else nullcontext():
+        fields = chosen.sampling()
+        if chosen.positions is not None:
+            fields["order"] = torch.tensor(chosen.positions)
         samples = model.sample(
             chosen.num_samples,
             length,
             prompt=prompt,
             prompt_positions=positions,
-            order=chosen.order if chosen.positions is None else torch.tensor(chosen.positions),  # type: ignore[arg-type]
+            own_schedules=chosen.own_schedules,
             stop_id=model.tokenizer.eos_id if chosen.stop else None,
-            watch=replay,
-            **chosen.model_dump(
-                exclude={"num_samples", "length", "prompt", "infill", "order", "positions", "stop", "seconds_per_pass"}
-                | set(Placed.model_fields)
-            ),
+            propose=chosen.propose,
+            passes=chosen.passes,
+            watch=animation,
+            **fields,
         )
-    if args.html and replay:
-        replay.write_html(Path(args.html), f"{chosen.num_samples} samples of {Path(args.path).name}")
+    if args.html and animation:
+        animation.write_html(Path(args.html), f"{chosen.num_samples} samples of {Path(args.path).name}")
     show_samples(samples, model.tokenizer.decode, args.json)
     return 0
 

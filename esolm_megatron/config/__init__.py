@@ -8,16 +8,7 @@ if TYPE_CHECKING:
     from esolm_megatron.config.layouts import world_problems
     from esolm_megatron.config.section import Section
     from esolm_megatron.config.sections import DataConfig, is_remote
-    from esolm_megatron.config.tree import (
-        Config,
-        ModelConfig,
-        ObjectiveConfig,
-        OptimConfig,
-        check,
-        dump,
-        load,
-        with_values,
-    )
+    from esolm_megatron.config.tree import Config, ModelConfig, ObjectiveConfig, check, dump, load, with_values
     from esolm_megatron.errors import ConfigError, UserError
 else:
     __getattr__ = hand_on(
@@ -25,5 +16,5 @@ else:
         layouts="world_problems",
         section="Section",
         sections="DataConfig is_remote",
-        tree="Config ConfigError ModelConfig ObjectiveConfig OptimConfig UserError check dump load with_values",
+        tree="Config ConfigError ModelConfig ObjectiveConfig UserError check dump load with_values",
     )

@@ -5,7 +5,6 @@ Every problem in a file is reported in one go, with its dotted path, the value f
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from contextlib import suppress
 from fractions import Fraction
@@ -17,7 +16,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from esolm_megatron.config.layouts import layout_problems, world_problems  # noqa: F401 - callers of a Config ask here
-from esolm_megatron.config.section import Section
+from esolm_megatron.config.section import Section, field_problems, nearest
 from esolm_megatron.config.sections import DataConfig, GuardConfig, WatchdogConfig, data_problems
 from esolm_megatron.config.yaml_text import read_mapping, shown, value_of
 from esolm_megatron.errors import ConfigError, UserError  # noqa: F401 - callers of a Config look for both here
@@ -339,35 +338,20 @@ _CHECKS = (
 )
 
 
-def _field_problems(error: ValidationError) -> list[tuple[tuple[str, ...], str]]:
-    out = []
-    for item in error.errors():
-        path = tuple(str(p) for p in item["loc"])
-        dotted = ".".join(path)
-        if item["type"] == "missing":
-            out.append((path, f"{dotted}: missing; give it a value"))
-        elif item["type"] == "extra_forbidden":
-            out.append((path, f"{dotted} = {shown(item['input'])}: no such field{_did_you_mean(path)}"))
-        else:
-            out.append((path, f"{dotted} = {shown(item['input'])}: {item['msg'][0].lower()}{item['msg'][1:]}"))
-    return out
-
-
 def _did_you_mean(path: tuple[str, ...]) -> str:
     owner: Any = Config
     for part in path[:-1]:
         field = owner.model_fields.get(part)
         owner = field.annotation if field is not None else None
         if not (isinstance(owner, type) and issubclass(owner, BaseModel)):
-            return ""
-    near = difflib.get_close_matches(path[-1], owner.model_fields, n=1)
-    if near:
-        return f"; did you mean {'.'.join((*path[:-1], near[0]))}?"
+            return "leave it out"
+    if near := nearest(path[-1], owner.model_fields):
+        return f"did you mean {'.'.join((*path[:-1], near))}?"
     for name, field in Config.model_fields.items():
         section = field.annotation
         if isinstance(section, type) and issubclass(section, BaseModel) and path[-1] in section.model_fields:
-            return f"; did you mean {name}.{path[-1]}?"
-    return f"; known here: {', '.join(owner.model_fields)}"
+            return f"did you mean {name}.{path[-1]}?"
+    return f"known here: {', '.join(owner.model_fields)}"
 
 
 def _valid_sections(tree: dict[str, Any]) -> dict[str, Section]:
@@ -396,7 +380,7 @@ def check(tree: dict[str, Any]) -> Config:
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        problems += [text for _, text in _field_problems(error)]
+        problems += field_problems(error, _did_you_mean)
     loose = config or SimpleNamespace(**_valid_sections(tree))  # the checks of other fields still run
     for find in _CHECKS:
         with suppress(AttributeError):  # a section that this check goes on to is itself broken, and already reported

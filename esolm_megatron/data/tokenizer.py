@@ -20,14 +20,8 @@ EOS = "<|endoftext|>"
 MASK_TEXT = "[MASK]"
 
 _FILES = [
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "config.json",
-]
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "config.json",
+]  # fmt: skip
 
 _END_NAMES = ("end", "eos", "</s>", "eot", "sep")
 _GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

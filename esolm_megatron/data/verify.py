@@ -40,15 +40,10 @@ class Report:
 
     def __str__(self) -> str:
         counts = [f"{name}: {self.documents[name]:,} documents, {self.tokens[name]:,} tokens" for name in self.tokens]
-        return "\n".join(
-            [
-                f"{self.blocks:,} blocks in {self.shards:,} shards",
-                *counts,
-                f"{self.bytes_per_token:.3f} bytes of text for each token; {self.unused_vocabulary:.1%} of the vocabulary is "
-                "unused",
-                f"documents: median {self.median_document:,.0f} tokens, longest {self.longest_document:,}",
-            ]
-        )
+        unused = f"{self.unused_vocabulary:.1%} of the vocabulary is unused"
+        lengths = f"documents: median {self.median_document:,.0f} tokens, longest {self.longest_document:,}"
+        text = f"{self.bytes_per_token:.3f} bytes of text for each token; {unused}"
+        return "\n".join([f"{self.blocks:,} blocks in {self.shards:,} shards", *counts, text, lengths])
 
 
 class _Statistics:
@@ -93,7 +88,8 @@ def verify(folder: str | Path, plot: str | Path | None = None) -> Report:
     for split in SPLITS:
         for block in reader.split_blocks(split).tolist():
             try:
-                values, starts = _read_block(reader, block)
+                values = np.empty(int(reader.blocks[block]["num_tokens"]), reader.dtype)
+                starts = reader.read_into(block, 0, values)
             except ShardCorrupt as error:
                 problems.append(str(error))
                 continue
@@ -140,13 +136,6 @@ def _wrong_tokenizer(reader: ShardReader) -> Iterator[str]:
             yield f"{reader.folder / 'tokenizer'}: is not the tokenizer of this data; copy it again"
     except TokenizerError as error:
         yield str(error)
-
-
-def _read_block(reader: ShardReader, block: int) -> tuple[np.ndarray, np.ndarray]:
-    values = np.empty(int(reader.blocks[block]["num_tokens"]), reader.dtype)
-    starts = reader.documents(block)
-    reader.read_into(block, 0, values)
-    return values, starts
 
 
 def _block_problems(values: np.ndarray, starts: np.ndarray, manifest: Manifest) -> list[str]:

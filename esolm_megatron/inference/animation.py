@@ -20,7 +20,7 @@ from rich.text import Text
 _HOLE = "\u00b7"
 
 
-class Replay:
+class Animation:
     """The `watch` argument of sampling, which keeps what it is told.
 
     rows: for each text its pieces, None where nothing is written yet. given: {position: id} of the prompt. passes: for

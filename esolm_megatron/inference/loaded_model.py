@@ -13,14 +13,12 @@ from torch import Tensor
 
 from esolm_megatron.config import ConfigError, ModelConfig
 from esolm_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from esolm_megatron.inference.decoding.scheduler import Order
-from esolm_megatron.inference.sampler import Samples, Watch, sample
+from esolm_megatron.inference.request import SampleRequest
+from esolm_megatron.inference.sampler import Samples, Watch, of_one_length, sample_rows
 from esolm_megatron.model import flash
 from esolm_megatron.model.pretrained import load_model, read_config
 from esolm_megatron.model.transformer import EsoLM
 from esolm_megatron.objective.likelihood import log_likelihood
-
-__all__ = ["PretrainedEsoLM", "Samples", "load_pretrained"]
 
 
 class PretrainedEsoLM:
@@ -71,77 +69,55 @@ class PretrainedEsoLM:
             scored = scored.to(self.device, torch.bool)
         return log_likelihood(self.model, tokens, order, scored=scored, documents=documents)
 
+    def request(
+        self, num_samples: int, length: int, steps: int | None = None, alpha_0: float | None = None, **fields: Any
+    ) -> SampleRequest:
+        """A request to this model. steps: one for each place by default. alpha_0: the trained value by default."""
+        steps, alpha_0 = length if steps is None else steps, self.alpha_0 if alpha_0 is None else alpha_0
+        return SampleRequest(num_samples, length, alpha_0, steps, **fields)
+
     def sample(
         self,
         num_samples: int,
         length: int,
         steps: int | None = None,
         *,
-        alpha_0: float | None = None,
-        prompt: Tensor | None = None,
-        prompt_positions: Tensor | None = None,
-        order: Order | Tensor = "random",
         watch: Watch | None = None,
         batch_size: int | None = None,
-        **options: Any,
+        **fields: Any,
     ) -> Samples:
         """(tokens (B, L) int64, log_probs (B, L)) as `Samples`, which also tells the order and the passes it took.
 
-        steps: diffusion steps, one for each of the `length` places by default. alpha_0: share of tokens made by
-        diffusion, the trained value by default. batch_size: rows sampled at once, all by default; it does not change
-        the samples. The rest, and `options`, are told at `esolm_megatron.sample.sample`.
+        The fields are those of `SampleRequest`. steps: diffusion steps, one for each of the `length` places by default.
+        alpha_0: share of tokens made by diffusion, the trained value by default. watch: called after each pass.
+        batch_size: rows sampled at once, all by default; it does not change the samples.
 
         Raises:
             ValueError: an argument out of its range, said with the fix.
         """
-
-        def draw(first: int, count: int) -> Samples:
-            rows = slice(first, first + count) if count < num_samples else slice(None)
-            return sample(
-                self.model,
-                count,
-                length,
-                alpha_0=self.alpha_0 if alpha_0 is None else alpha_0,
-                steps=length if steps is None else steps,
-                prompt=_rows_of("prompt", prompt, rows, num_samples),
-                prompt_positions=_rows_of("prompt_positions", prompt_positions, rows, num_samples),
-                order=order if isinstance(order, str) else _rows_of("order", order, rows, num_samples),  # type: ignore[arg-type]
-                watch=watch if watch is None or first == 0 else _shifted(watch, first),
-                first_row=first,
-                **options,
-            )
-
-        if batch_size is None:
-            return draw(0, num_samples)
-        if batch_size < 1:
+        request = self.request(num_samples, length, steps, **fields)
+        if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size = {batch_size}: must be at least 1, or None for all rows at once")
-        parts = [draw(first, min(batch_size, num_samples - first)) for first in range(0, num_samples, batch_size)]
-        parts = parts or [draw(0, num_samples)]
+        size = batch_size or num_samples
+        parts = [
+            sample_rows(
+                self.model,
+                request.part(first, min(size, num_samples - first)),
+                watch if watch is None or first == 0 else _shifted(watch, first),
+            )
+            for first in (range(0, num_samples, size) if num_samples > 0 else [0])
+        ]
+        if len(parts) == 1:
+            return parts[0]
         tokens, log_probs, orders, saved = (
             torch.cat(x) for x in zip(*((*p, p.order, p.saved) for p in parts), strict=True)
         )
-        ks = parts[0].ks
-        if options.get("own_schedules"):
-            most = max(len(steps) for part in parts for steps in part.ks)
-            ks = [steps + [0] * (most - len(steps)) for part in parts for steps in part.ks]
+        ks = of_one_length([ks for part in parts for ks in part.ks]) if request.own_schedules else parts[0].ks
         return Samples(tokens, log_probs, orders, ks, max(p.num_forward_passes for p in parts), saved)
 
 
 def _shifted(watch: Watch, first: int) -> Watch:
     return lambda count, rows, positions, tokens: watch(count, rows + first, positions, tokens)
-
-
-def _rows_of(name: str, values: Tensor | None, rows: slice, num_samples: int) -> Tensor | None:
-    if values is None:
-        return None
-    values = torch.as_tensor(values)
-    if values.dim() != 2:
-        return values
-    if len(values) != num_samples:
-        raise ValueError(
-            f"{name}: {len(values)} rows for num_samples = {num_samples}; give one row for each, or only one"
-        )
-    return values[rows]
 
 
 def load_pretrained(

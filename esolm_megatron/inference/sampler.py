@@ -19,9 +19,10 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from esolm_megatron.inference.decoding.decoder import Decoder, decode
-from esolm_megatron.inference.decoding.draw import Draw, draw_tokens
-from esolm_megatron.inference.decoding.scheduler import Order, RowPlan, Schedule, plan_rows
+from esolm_megatron.inference.decoding.draw import draw_tokens
+from esolm_megatron.inference.decoding.scheduler import RowPlan, plan_rows
 from esolm_megatron.inference.decoding.speculative import decode_verified
+from esolm_megatron.inference.request import SampleRequest
 from esolm_megatron.model.transformer import EsoLM
 from esolm_megatron.objective.likelihood import check_rows
 
@@ -176,63 +177,28 @@ class Sampler:
         return found
 
 
-@torch.inference_mode()
-def sample(
-    model: EsoLM,
-    num_samples: int,
-    length: int,
-    *,
-    alpha_0: float,
-    steps: int,
-    top_p: float = 1.0,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    repetition_penalty: float = 1.0,
-    seed: int = 0,
-    prompt: Tensor | None = None,
-    prompt_positions: Tensor | None = None,
-    schedule: Schedule = "binomial",
-    order: Order | Tensor = "random",
-    own_schedules: bool = False,
-    stop_id: int | None = None,
-    propose: int = 1,
-    passes: int = 1,
-    watch: Watch | None = None,
-    first_row: int = 0,
-) -> Samples:
-    """Sequences drawn from the model, with their log-probabilities.
+def sample(model: EsoLM, num_samples: int, length: int, *, watch: Watch | None = None, **fields: Any) -> Samples:
+    """`sample_rows` of a request with these fields."""
+    return sample_rows(model, SampleRequest(num_samples, length, **fields), watch)
 
-    steps: diffusion steps T; the 1 - alpha_0 of the places that they leave are filled from the left, one a pass.
-    prompt: (P,) or (B, P) ids at `prompt_positions`, (P,) or (B, P), by default the first P; it comes first in the
-    order, as given. order: a kind, of which "left_to_right" fills the diffusion steps' places from the left too; or
-    positions (L,) or (B, L), each once, which the steps take one after the other, the prompt's first. own_schedules: a
-    schedule drawn for each row; by default the rows share one. stop_id: id of end-of-text; a row ends once every place
-    before the first one drawn is filled, the places left are given the same id, and the text up to there is the one
-    that a full row would have. top_p, temperature, top_k, repetition_penalty: see `Draw`. propose: with the
-    first-hitting schedule, tokens that are proposed at once and verified in the next pass (`passes` = 1), or in one of
-    its own (2); the distribution stays that of one token a pass. watch: called after each pass. first_row: id of the
-    first sample, for batches that together are one call. Tokens and numbers are on the model's device.
+
+@torch.inference_mode()
+def sample_rows(model: EsoLM, request: SampleRequest, watch: Watch | None = None) -> Samples:
+    """Sequences drawn from the model, with their log-probabilities, on the model's device. watch: called after each pass.
 
     Raises:
-        ValueError: an argument out of its range, said with the fix; or logits that are not numbers.
+        ValueError: a field out of its range, said with the fix; or logits that are not numbers.
     """
-    draw = Draw(temperature, top_p, top_k, repetition_penalty)
-    plans = plan_rows(
-        range(first_row, first_row + num_samples), length, mask_id=model.shape.mask_id, alpha_0=alpha_0, steps=steps,
-        seed=seed, draw=draw, prompt=prompt, prompt_positions=prompt_positions, schedule=schedule, order=order,
-        own_schedules=own_schedules, stop_id=stop_id,
-    )  # fmt: skip
-    sampler, count = Sampler(model, num_samples, length), 0
+    plans = plan_rows(request, model.shape.mask_id)
+    sampler, count = Sampler(model, request.num_samples, request.length), 0
     for plan in plans:
         sampler.add(plan)
-    _check_proposals(propose, passes, schedule, draw)
-    if propose > 1:
-        count = decode_verified(
-            model, sampler.fed, sampler.order, sampler.log_probs, num_given=len(plans[0].given), propose=propose,
-            passes=passes, draw=draw, key=(seed,), first_row=first_row, watch=watch,
-            ended=None if stop_id is None else sampler.ended,
-        )  # fmt: skip
-    while propose == 1 and sampler.busy:
+    _check_proposals(request)
+    if request.propose > 1:
+        ended = None if request.stop_id is None else sampler.ended
+        rows = sampler.fed, sampler.order, sampler.log_probs
+        count = decode_verified(model, *rows, request, num_given=len(plans[0].given), watch=watch, ended=ended)
+    while request.propose == 1 and sampler.busy:
         filled = sampler.step(watched=watch is not None)
         if watch is not None and filled is not None:
             watch(count, *filled[:3])
@@ -240,17 +206,21 @@ def sample(
     if not bool(sampler.log_probs.isfinite().all()):
         raise ValueError("the model's logits are not finite numbers: check its weights, or load it in a wider dtype")
     order_BL = torch.from_numpy(np.stack([plan.order for plan in plans])).to(sampler.order.device)
-    ks: list[Any] = plans[0].ks
-    if own_schedules:
-        most = max(len(plan.ks) for plan in plans)
-        ks = [plan.ks + [0] * (most - len(plan.ks)) for plan in plans]
+    ks: list[Any] = of_one_length([plan.ks for plan in plans]) if request.own_schedules else plans[0].ks
     saved = torch.from_numpy(sampler.saved)
     return Samples(
         _by_position(sampler.fed, order_BL), _by_position(sampler.log_probs, order_BL), order_BL, ks, count, saved
     )
 
 
-def _check_proposals(propose: int, passes: int, schedule: Schedule, draw: Draw) -> None:
+def of_one_length(schedules: list[list[int]]) -> list[list[int]]:
+    """The schedules of several rows, shorter ones ended by zeros."""
+    most = max(map(len, schedules))
+    return [ks + [0] * (most - len(ks)) for ks in schedules]
+
+
+def _check_proposals(request: SampleRequest) -> None:
+    propose, passes, schedule = request.propose, request.passes, request.schedule
     if propose < 1 or passes not in (1, 2):
         raise ValueError(f"propose = {propose}, passes = {passes}: propose at least 1 token, verified in 1 or 2 passes")
     if propose == 1:
@@ -260,7 +230,7 @@ def _check_proposals(propose: int, passes: int, schedule: Schedule, draw: Draw) 
             f"schedule = {schedule!r}: verified proposals have the distribution of one token a pass; use "
             "schedule='first_hitting', or propose=1"
         )
-    if draw.repetition_penalty != 1:
+    if request.repetition_penalty != 1:
         raise ValueError(f"propose = {propose}: cannot be combined with repetition_penalty; use propose=1")
 
 

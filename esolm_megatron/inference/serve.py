@@ -21,12 +21,12 @@ import torch
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from esolm_megatron.config import ConfigError
-from esolm_megatron.inference.decoding.draw import Draw
-from esolm_megatron.inference.decoding.scheduler import Order, RowPlan, Schedule, plan_rows
+from esolm_megatron.inference.decoding.scheduler import RowPlan, plan_rows
 from esolm_megatron.inference.loaded_model import PretrainedEsoLM, parse_infill
+from esolm_megatron.inference.request import SamplingParams
 from esolm_megatron.inference.sampler import Sampler
 
 
@@ -40,22 +40,13 @@ class Limits:
     body: int = 1_000_000
 
 
-class Completion(BaseModel, extra="forbid"):
+class Completion(SamplingParams):
     """What is asked for: a prompt and `max_tokens` after it, or a text with [[12]] holes in `infill`."""
 
     prompt: str = ""
     infill: str | None = None
     max_tokens: int = Field(64, ge=1)
     n: int = Field(1, ge=1)
-    temperature: float = Field(1.0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
-    repetition_penalty: float = Field(1.0, gt=0)
-    seed: int = Field(0, ge=0)
-    steps: int | None = Field(None, ge=1)
-    alpha_0: float | None = Field(None, ge=0, le=1)
-    schedule: Schedule = "binomial"
-    order: Order = "random"
     stop: bool = True
     stream: bool = False
     model: str | None = None
@@ -191,13 +182,12 @@ def plans_of(model: PretrainedEsoLM, limits: Limits, asked: Completion) -> list[
         raise Refused(
             413, f"n = {asked.n} texts of {length} tokens: at most {limits.rows + limits.queue} of {limits.length}"
         )
-    return plan_rows(
-        range(asked.n), length, mask_id=model.config.mask_id,
-        alpha_0=model.alpha_0 if asked.alpha_0 is None else asked.alpha_0, steps=asked.steps or length, seed=asked.seed,
-        draw=Draw(asked.temperature, asked.top_p, asked.top_k, asked.repetition_penalty),
-        prompt=torch.tensor(ids, dtype=torch.int64), prompt_positions=torch.tensor(positions, dtype=torch.int64),
-        schedule=asked.schedule, order=asked.order, stop_id=model.tokenizer.eos_id if asked.stop else None,
+    request = model.request(
+        asked.n, length, prompt=torch.tensor(ids, dtype=torch.int64),
+        prompt_positions=torch.tensor(positions, dtype=torch.int64),
+        stop_id=model.tokenizer.eos_id if asked.stop else None, **asked.sampling(),
     )  # fmt: skip
+    return plan_rows(request, model.config.mask_id)
 
 
 def build(model: PretrainedEsoLM, limits: Limits = Limits(), name: str = "esolm") -> FastAPI:

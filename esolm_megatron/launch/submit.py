@@ -26,6 +26,7 @@ import yaml
 import esolm_megatron
 from esolm_megatron.config import Config, ConfigError, UserError, check, dump, is_remote, load
 from esolm_megatron.launch.site import ClusterConfig, ask, cluster_problems, partitions, there
+from esolm_megatron.launch.slurm_queue import refuse_running
 from esolm_megatron.train.ending import write_json
 from esolm_megatron.train.preflight import check_run, resolve
 
@@ -213,24 +214,6 @@ def _git(folder: Path, *words: str) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout if done.returncode == 0 else ""
-
-
-def refuse_running(run_dir: Path) -> None:
-    """Raise UserError if a job of this run is in the queue."""
-    from esolm_megatron.launch.table import queue
-
-    waiting, known = queue(), jobs_of(run_dir)
-    for job in known:
-        if job in waiting and waiting[job]["state"] in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED"):
-            raise UserError(
-                f"{run_dir}: its job {job} is {waiting[job]['state'].lower()}; stop it first: esolm jobs stop {run_dir}"
-            )
-
-
-def jobs_of(run_dir: Path) -> list[str]:
-    """Ids of the jobs that were submitted for a run, as squeue writes them; oldest first."""
-    files = sorted((run_dir / "launches").glob("*/launch.json"))
-    return [job for file in files for job in json.loads(file.read_text())["jobs"]]
 
 
 def submit(planned: Submission, *, chain: int = 1, again: bool = False) -> list[str]:

@@ -13,13 +13,12 @@ from rich.text import Text
 
 from esolm_megatron.config import UserError
 from esolm_megatron.launch.record import Record, newest_step, starts
-from esolm_megatron.launch.site import ask, there
-from esolm_megatron.launch.submit import jobs_of
+from esolm_megatron.launch.site import ask
+from esolm_megatron.launch.slurm_queue import OVER, jobs_of, queue
 from esolm_megatron.launch.verdict import dead_ranks, failures
 from esolm_megatron.train import ending
 
 _TAIL = 65536
-_OVER = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL")
 
 
 @dataclass(frozen=True)
@@ -39,16 +38,6 @@ class Row:
     detail: str
     failed: list[str]
     logs: str
-
-
-def queue() -> dict[str, dict[str, str]]:
-    """state, reason, nodes and raw id of each job that SLURM still knows, by the id that squeue shows."""
-    status, text = ask("squeue", "-h", "-r", "-t", "all", "-o", "%i|%A|%T|%r|%N") if there("squeue") else (1, "")
-    out = {}
-    for line in text.splitlines() if status == 0 else []:
-        shown, raw, state, reason, nodes = line.split("|", 4)
-        out[shown] = {"id": raw, "state": state, "reason": reason, "nodes": nodes}
-    return out
 
 
 def run_folders(folder: Path) -> list[Path]:
@@ -104,7 +93,7 @@ def failed_ranks(logs: Path) -> list[str]:
 def row(run_dir: Path, waiting: dict[str, dict[str, str]]) -> Row:
     """What is known of one run; waiting: from `queue`."""
     jobs = jobs_of(run_dir)
-    live = [job for job in jobs if job in waiting and waiting[job]["state"] not in _OVER]
+    live = [job for job in jobs if job in waiting and waiting[job]["state"] not in OVER]
     job = live[0] if live else (jobs[-1] if jobs else "local")
     found, marker = waiting.get(job, {}), ending.read(run_dir) or {}
     listed, metrics = starts(Record(run_dir).events()), newest_metrics(run_dir)
@@ -170,7 +159,7 @@ def stop(run_dir: Path) -> str:
     (run_dir / "stop_requested").touch()
     done = []
     for job in jobs_of(run_dir):
-        if job not in waiting or waiting[job]["state"] in _OVER:
+        if job not in waiting or waiting[job]["state"] in OVER:
             continue
         if waiting[job]["state"] == "RUNNING":
             status, text = ask("scancel", "--batch", "--signal=USR1", waiting[job]["id"])

@@ -177,6 +177,8 @@ class _ChunkedLoss(torch.autograd.Function):
             return *ctx.work.run(*ctx.saved_tensors, grad)[1], None, None
         counts, *gradients = ctx.saved_tensors
         factor = (grad @ counts) / (counts @ counts).clamp(min=torch.finfo(counts.dtype).tiny)
-        apart = (grad - factor * counts).norm() > 1e-3 * grad.norm()  # false for NaN: bad steps are the guard's business
+        apart = (
+            grad - factor * counts
+        ).norm() > 1e-3 * grad.norm()  # false for NaN: bad steps are the guard's business
         torch._assert_async(~apart, "what is differentiated is no multiple of sum(counts * losses)")
         return *(None if x is None else x * factor.to(x.dtype) for x in gradients), None, None

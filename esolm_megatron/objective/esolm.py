@@ -6,8 +6,9 @@ as one static row of tokens (see model/attention.py). Both are pure; draws are k
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from esolm_megatron.model.last_block import LastBlock
 from esolm_megatron.objective.noise import antithetic_times, elbo_weight, uniforms, words
 from esolm_megatron.objective.order import clean_random_then_left_to_right, clean_then_masked_random, random_order
 
+_Rows = tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64] | None]
+"""Tokens (B, L), valid (B, L), rows (B,), documents (B, L)."""
+_Key = tuple[int | str, ...]
 DIFFUSION, SEQUENTIAL = 0, 1
 """The two parts of the loss, and their places in the arrays that hold something for both."""
 
@@ -315,7 +319,7 @@ def draw_step(
     global_batch_size: int,
     num_micro_batches: int,
     capacity: int,
-    key: tuple[int | str, ...],
+    key: _Key,
     documents: NDArray[np.int64] | None = None,
 ) -> Noised:
     """A rank's rows of a global batch, noised and packed.
@@ -333,13 +337,8 @@ def draw_step(
     for name, count in (("diffusion", first.stop), ("sequential", len(rows) - first.stop)):
         if count % num_micro_batches:
             raise ValueError(f"{count} {name} rows do not divide into {num_micro_batches} micro-batches")
-    diffusion = sequential = None
-    if first.stop:
-        diffusion = draw_diffusion(tokens[first], valid[first], rows[first], num_diffusion, config, *key)
-    if first.stop < len(rows):
-        sequential = draw_sequential(tokens[rest], valid[rest], rows[rest], config.alpha_0, capacity, *key)
-    if documents is not None:
-        diffusion, sequential = _cut(diffusion, documents[first]), _cut(sequential, documents[rest])
+    data = tokens, valid, rows, documents
+    diffusion, sequential = _draw_parts(data, (first, rest), num_diffusion, config, capacity, key)
     batches = [
         _pack_parts(_share(diffusion, i, num_micro_batches), _share(sequential, i, num_micro_batches), config, capacity,
                     mask_id, key)
@@ -366,26 +365,30 @@ def draw_validation(
     config: ObjectiveConfig,
     *,
     mask_id: int,
-    key: tuple[int | str, ...],
+    key: _Key,
     documents: NDArray[np.int64] | None = None,
 ) -> Noised:
     """Every row in both parts of the bound (not one half of the rows in each, as the reference has it), as one batch."""
     exact = config.model_copy(update={"diffusion_loss": "elbo"})
-    length, both = tokens.shape[1], valid.sum()
-    diffusion = sequential = None
-    if config.alpha_0 > 0:
-        diffusion = draw_diffusion(tokens, valid, rows, num_rows, exact, *key)
-    if config.alpha_0 < 1:
-        sequential = draw_sequential(tokens, valid, rows, config.alpha_0, length, *key)
-    if documents is not None:
-        diffusion, sequential = _cut(diffusion, documents), _cut(sequential, documents)
+    length, both, data = tokens.shape[1], valid.sum(), (tokens, valid, rows, documents)
+    parts = slice(None if config.alpha_0 > 0 else 0), slice(None if config.alpha_0 < 1 else 0)
+    diffusion, sequential = _draw_parts(data, parts, num_rows, exact, length, key)
     batch = _pack_parts(diffusion, sequential, exact, length, mask_id, key)
     counts = [float(both) if part is not None else 0.0 for part in (diffusion, sequential)]
     return Noised([batch], torch.tensor(counts, dtype=torch.float64))
 
 
-def _cut(rows: OrderedRows | None, documents: NDArray[np.int64]) -> OrderedRows | None:
-    return None if rows is None else replace(rows, documents=documents)
+def _draw_parts(
+    data: _Rows, parts: tuple[slice, slice], num_diffusion: int, config: ObjectiveConfig, capacity: int, key: _Key
+) -> tuple[OrderedRows | None, OrderedRows | None]:
+    """The rows of each part with their noise; None for a part without rows."""
+
+    def part(which: slice, draw: Callable[..., OrderedRows], *more: Any) -> OrderedRows | None:
+        tokens, valid, rows, documents = (None if array is None else array[which] for array in data)
+        return replace(draw(tokens, valid, rows, *more, *key), documents=documents) if len(rows) else None  # type: ignore[arg-type]
+
+    first, rest = parts
+    return part(first, draw_diffusion, num_diffusion, config), part(rest, draw_sequential, config.alpha_0, capacity)
 
 
 def _share(rows: OrderedRows | None, index: int, count: int) -> OrderedRows | None:
@@ -401,7 +404,7 @@ def _pack_parts(
     config: ObjectiveConfig,
     capacity: int,
     mask_id: int,
-    key: tuple[int | str, ...],
+    key: _Key,
 ) -> PackedBatch:
     groups = []
     plain = diffusion

@@ -9,7 +9,6 @@ be made. So a refused step runs the same collectives as any other, on every rank
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -56,9 +55,7 @@ class Gate:
         setattr(self._owner, self._name, self._judged)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         setattr(self._owner, self._name, self._original)
         if error is not None or self.asked:
             return

@@ -5,16 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import Generic, TypeVar
 
+from esolm_megatron.config import Config
 from esolm_megatron.data.stream import Batch
+from esolm_megatron.model.size import run_capacity
+from esolm_megatron.objective.esolm import Noised, document_numbers, draw_step
+from esolm_megatron.parallel.engine import Engine
 from esolm_megatron.train.feed import Feed
 
 T = TypeVar("T")
 
 
-class Ahead(Generic[T]):
+class CollateAhead(Generic[T]):
     """Steps made ahead in one thread. `drawn` counts those used, `again` those made anew after a refused step.
 
     Which step a batch makes is known only when the one before it is done: a refused step is not counted. So a batch is
@@ -58,13 +61,33 @@ class Ahead(Generic[T]):
 
         self._coming = self._pool.submit(work)
 
-    def __enter__(self) -> Ahead[T]:
+    def __enter__(self) -> CollateAhead[T]:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Stop reading, also where the thread waits for a batch."""
         self._feed.stop_reading()
         self._pool.shutdown(wait=True)
         self._batches.close()
+
+
+def noising(config: Config, engine: Engine) -> Callable[[Batch, int], Noised]:
+    """A function of this rank's batch and the step (from 1) it makes: the batch with the noise of that step."""
+    top, t = engine.topology, config.train
+    capacity = run_capacity(config)
+
+    def noised(batch: Batch, step: int) -> Noised:
+        return draw_step(
+            batch.tokens,
+            batch.valid,
+            batch.rows,
+            config.objective,
+            mask_id=config.model.mask_id,
+            global_batch_size=t.global_batch_size,
+            num_micro_batches=t.global_batch_size // (t.micro_batch_size * top.data_size),
+            capacity=capacity,
+            key=(config.seed, step),
+            documents=None if config.data.cross_document else document_numbers(batch.documents, batch.valid),
+        )
+
+    return noised

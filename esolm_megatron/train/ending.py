@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from enum import IntEnum
 from pathlib import Path
@@ -60,9 +61,8 @@ def write_json(path: Path, tree: Any) -> None:
 
 def mark_running(run_dir: Path, step: int) -> None:
     """Say that the run goes on from `step`."""
-    write_json(
-        run_dir / MARKER, {"how": "running", "exit_code": None, "restart": None, "step": step, "time": time.time()}
-    )
+    tree = {"how": "running", "exit_code": None, "restart": None, "step": step}
+    write_json(run_dir / MARKER, {**tree, "time": time.time()})
 
 
 def mark(run_dir: Path, ending: Ending, step: int | None, detail: str = "") -> None:
@@ -75,3 +75,20 @@ def read(run_dir: Path) -> dict[str, Any] | None:
     """What the marker says; None before the first start."""
     path = run_dir / MARKER
     return json.loads(path.read_text()) if path.exists() else None
+
+
+class StopRequest:
+    """Remembers that a signal asked the run to stop; a second one ends the process at once.
+
+    Not so in a job of SLURM, which sends its signals twice and kills what does not end in time.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.signal is not None and "SLURM_JOB_ID" not in os.environ:
+            os._exit(128 + number)
+        self.signal = number

@@ -1,7 +1,7 @@
 """What a run reads: one rank of each model replica reads its rows, and the others of the replica get them from it.
 
 A reader that fails does not raise at once, for the other ranks would wait for it in their next collective. It hands out
-a blank batch; the step is refused, and all ranks learn of it with the step's other flags and raise together.
+a blank batch; the step is refused, and all ranks learn of it with the step's other signals and raise together.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from esolm_megatron.data.stream.prefetch import Prefetch
 from esolm_megatron.errors import DataError
 from esolm_megatron.parallel.engine import Engine
 from esolm_megatron.train.guard import Guard, kept
+from esolm_megatron.train.signals import Signals
 
 _FEW, _SHARE = 1000, 8
 _HEAD = 1  # words before those of the rows: whether the reader failed
@@ -36,18 +37,6 @@ def most_corrupt_rows(limit: int | None, rows_so_far: int) -> int:
     return _FEW + rows_so_far // _SHARE if limit is None else limit
 
 
-def open_stream(config: Config, engine: Engine) -> TokenStream:
-    """The training rows of this rank's replica."""
-    return TokenStream(
-        config.data,
-        seq_length=config.model.seq_length,
-        global_batch_size=config.train.global_batch_size,
-        data_rank=engine.topology.data_rank,
-        data_size=engine.topology.data_size,
-        seed=config.seed,
-    )
-
-
 class Feed:
     """The batches of a run, on every rank. They are taken ahead of their steps, so what was wrong is kept by number."""
 
@@ -56,9 +45,11 @@ class Feed:
         self._failures: dict[int, Exception] = {}
         self._damage: dict[int, tuple[Any, ...]] = {}
         self._prefetch: Prefetch | None = None
-        self.blank: Batch = _blank(config, engine)
         self.corrupt_rows, self._listed = 0, -1
-        self.stream = open_stream(config, engine) if engine.reads else None
+        top = engine.topology
+        rows = np.arange(top.data_rank, config.train.global_batch_size, top.data_size, dtype=np.int64)
+        self.blank: Batch = _blank(rows, config.model.seq_length)
+        self.stream = TokenStream.of(config, top.data_rank, top.data_size) if engine.reads else None
         self.facts: dict[str, Any] = engine.from_first_rank(self.stream.facts() if self.stream else None)
         self.patience_s: float = engine.from_first_rank(self.stream.patience_s() if self.stream else None)
         """Seconds after which a batch has come, or failed."""
@@ -104,24 +95,22 @@ class Feed:
         """Whether this rank could not get a batch."""
         return number in self._failures
 
-    def flags(self, number: int) -> list[float]:
-        """Of a batch on this rank: whether it could not be read, and its blank rows."""
-        return [float(self.failed(number)), float(len(self._damage.get(number, ())))]
+    def blank_rows(self, number: int) -> int:
+        """Rows of a batch that this rank left blank."""
+        return len(self._damage.get(number, ()))
 
-    def settle(self, number: int, flags: np.ndarray) -> None:
-        """Act on all ranks' flags for batch `number`: list blank rows in events.jsonl, and end the run if it must.
+    def settle(self, number: int, told: Signals[np.ndarray]) -> None:
+        """Act on what all ranks told of batch `number`: list blank rows in events.jsonl, and end the run if it must.
 
         Raises:
             DataError: on every rank, for a batch that one could not read, or for too many blank rows.
         """
-        if flags[:, 0].any():
+        if told.batch_lost.any():
             failure = self._failures.get(number)
             own = _text(failure) if self.stream is not None and failure is not None else ""
-            said = [f"rank {rank}: {text}" for rank, text in enumerate(self.engine.everywhere(own)) if text]
-            if own and failure is not None:
-                raise failure
-            raise DataError("\n".join(said))
-        if flags[:, 1].any():
+            told_all = _told(self.engine, own)
+            raise failure if own and failure is not None else told_all
+        if told.blank_rows.any():
             found = [asdict(damage) for part in self.engine.everywhere(self._damage.pop(number, ())) for damage in part]
             for damage in sorted(found, key=lambda d: d["row"]) if number > self._listed else ():
                 self.guard.event("corrupt_row", batch=number, **damage)
@@ -203,13 +192,16 @@ class ValidationFeed:
                     mine = self._set.rows(part)
                 except Exception as problem:
                     error = _text(problem)
-            shape = (len(part), self.length)
-            blank = Batch(np.zeros(shape, np.int64), np.zeros(shape, bool), part, part, _no_documents(len(part)))
-            out.append(_shared(self.engine, mine, blank))
+            out.append(_shared(self.engine, mine, _blank(part, self.length)))
         if self.engine.any_rank(any(batch is None for batch in out)):
-            said = [f"rank {rank}: {text}" for rank, text in enumerate(self.engine.everywhere(error)) if text]
-            raise DataError("\n".join(said))
+            raise _told(self.engine, error)
         return [batch for batch in out if batch is not None]
+
+
+def _told(engine: Engine, own: str) -> DataError:
+    """What all ranks say went wrong, of which this rank says `own`; every rank must ask."""
+    said = [f"rank {rank}: {text}" for rank, text in enumerate(engine.everywhere(own)) if text]
+    return DataError("\n".join(said))
 
 
 def _text(error: Exception | None) -> str:
@@ -219,16 +211,10 @@ def _text(error: Exception | None) -> str:
     return "".join(traceback.format_exception(error))
 
 
-def _no_documents(count: int) -> list[np.ndarray]:
-    return [np.empty(0, np.int64)] * count
-
-
-def _blank(config: Config, engine: Engine) -> Batch:
-    """A batch that weighs nothing."""
-    size, top = config.train.global_batch_size, engine.topology
-    rows = np.arange(top.data_rank, size, top.data_size, dtype=np.int64)
-    shape = (len(rows), config.model.seq_length)
-    return Batch(np.zeros(shape, np.int64), np.zeros(shape, bool), rows, rows, _no_documents(len(rows)))
+def _blank(rows: np.ndarray, length: int) -> Batch:
+    """A batch of these rows that weighs nothing."""
+    tokens = np.zeros((len(rows), length), np.int64)
+    return Batch(tokens, np.zeros(tokens.shape, bool), rows, rows, [np.empty(0, np.int64)] * len(rows))
 
 
 def _shared(engine: Engine, batch: Batch | None, blank: Batch) -> Batch | None:

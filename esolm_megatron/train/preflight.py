@@ -69,11 +69,7 @@ def refuse_other_run(config: Config) -> None:
             continue
         fields = type(getattr(config, section)).model_fields  # a field that is new since then had its default
         was = {name: field.default for name, field in fields.items()} | old.get(section, {})
-        changed += [
-            f"{section}.{key}: was {was.get(key)!r}, now {v!r}"
-            for key, v in value.items()
-            if key not in free and was.get(key) != v
-        ]
+        changed += [f"{section}.{key}: was {a!r}, now {b!r}" for key, a, b in _unlike(was, value, free)]
     if changed:
         raise ConfigError(
             f"{config.run_dir} holds a run with other settings; choose another name, or restore these:\n"
@@ -84,17 +80,18 @@ def refuse_other_run(config: Config) -> None:
 def refuse_other_model(config: Config, model: Mapping[str, Any]) -> None:
     """Raise ConfigError if `config` trains another network than the one whose weights the run starts from."""
     mine = config.model.model_dump(mode="json")
-    free = {"dropout", "init_std", "seq_length"}
-    changed = [
-        f"model.{k} = {mine.get(k)!r}: the weights need {v!r}"
-        for k, v in model.items()
-        if k not in free and mine.get(k) != v
-    ]
+    other = _unlike(mine, model, {"dropout", "init_std", "seq_length"})
+    changed = [f"model.{key} = {a!r}: the weights need {b!r}" for key, a, b in other]
     if changed:
         raise ConfigError(
             f"{config.run_dir} starts from converted weights of another network; name its model.yaml as base, or set:\n"
             + "\n".join(changed)
         )
+
+
+def _unlike(a: Mapping[str, Any], b: Mapping[str, Any], free: set[str]) -> list[tuple[str, Any, Any]]:
+    """(name, value in a, value in b) of the fields of `b` that differ and are not `free` to."""
+    return [(name, a.get(name), value) for name, value in b.items() if name not in free and a.get(name) != value]
 
 
 def check_run(config: Config, world_size: int) -> None:

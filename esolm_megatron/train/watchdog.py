@@ -18,7 +18,6 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import IO
 
 from esolm_megatron.config.sections import WatchdogConfig
@@ -138,9 +137,7 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._finished.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()

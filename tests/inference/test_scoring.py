@@ -141,10 +141,10 @@ def test_watching_and_the_page(folder, tmp_path, capsys):
 
 
 def test_a_token_that_is_a_tag_stays_text(tmp_path):
-    from esolm_megatron.inference.animation import Replay
+    from esolm_megatron.inference.animation import Animation
 
     page, tag = tmp_path / "out.html", "</script><script>alert(1)</script>"
-    Replay(1, 2, lambda ids: tag, {0: 1}).write_html(page, tag)
+    Animation(1, 2, lambda ids: tag, {0: 1}).write_html(page, tag)
     text = page.read_text()
     assert "<script>alert" not in text
     assert json.loads(text.split('id="data">')[1].split("</script>")[0])["given"] == {"0": tag}
@@ -156,14 +156,14 @@ def test_the_terminal_shows_holes_until_they_are_filled():
     import numpy as np
     from rich.console import Console
 
-    from esolm_megatron.inference.animation import Replay
+    from esolm_megatron.inference.animation import Animation
 
     out = io.StringIO()
-    replay = Replay(1, 4, lambda ids: "".join(chr(97 + i) for i in ids), {0: 25})
-    with replay.live(0.0, Console(file=out, force_terminal=True, width=60, color_system=None)):
-        replay(0, np.array([0]), np.array([3]), np.array([1]))
-        assert "z··" in str(replay.drawn().renderables[1])
-        replay(1, np.array([0, 0]), np.array([1, 2]), np.array([2, 3]))
-    assert str(replay.drawn().renderables[1]) == "zcdb"
+    animation = Animation(1, 4, lambda ids: "".join(chr(97 + i) for i in ids), {0: 25})
+    with animation.live(0.0, Console(file=out, force_terminal=True, width=60, color_system=None)):
+        animation(0, np.array([0]), np.array([3]), np.array([1]))
+        assert "z··" in str(animation.drawn().renderables[1])
+        animation(1, np.array([0, 0]), np.array([1, 2]), np.array([2, 3]))
+    assert str(animation.drawn().renderables[1]) == "zcdb"
     assert "pass 2" in out.getvalue()
     assert "4 of 4 tokens" in out.getvalue()

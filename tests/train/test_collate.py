@@ -27,15 +27,15 @@ def data(tmp_path_factory):
 
 def run_watched(config):
     """One rank: the (step, thread) of each draw of a run."""
-    from esolm_megatron.train import trainer
+    from esolm_megatron.train import collate
 
-    found, draw = [], trainer.draw_step
+    found, draw = [], collate.draw_step
 
     def watched(*args, key, **options):
         found.append((key[1], threading.current_thread().name))
         return draw(*args, key=key, **options)
 
-    trainer.draw_step = watched
+    collate.draw_step = watched
     assert run(config)[0] == config.train.num_steps
     return found
 
@@ -43,9 +43,9 @@ def run_watched(config):
 def by_hand(config):
     """One rank: the losses of the steps of a run, each drawn when it is its turn."""
     from esolm_megatron.parallel.engine import Engine
+    from esolm_megatron.train.collate import noising
     from esolm_megatron.train.preflight import resolve
     from esolm_megatron.train.schedule import learning_rate
-    from esolm_megatron.train.trainer import noising
 
     config = resolve(config)
     engine, t = Engine(config), config.train
@@ -75,18 +75,17 @@ def test_every_step_is_drawn_beside_the_one_before(data, tmp_path, world, parall
 def with_a_refused_step(config):
     """One rank: what is fed for steps 1, 1, 2 and 2 after a resume at batch 5, and how it was made."""
     from esolm_megatron.parallel.engine import Engine
-    from esolm_megatron.train.collate import Ahead
+    from esolm_megatron.train.collate import CollateAhead, noising
     from esolm_megatron.train.feed import Feed
     from esolm_megatron.train.guard import Guard
     from esolm_megatron.train.preflight import resolve
-    from esolm_megatron.train.trainer import noising
 
     config = resolve(config)
     engine = Engine(config)
     feed = Feed(config, engine, Guard(config.guard, config.run_dir, writes=False))
     noised = noising(config, engine)
     make = lambda batch, step: engine.stage(noised(batch, step))  # noqa: E731
-    with Ahead(feed, 5, make) as ahead:
+    with CollateAhead(feed, 5, make) as ahead:
         got = [(number, staged.shares) for number, staged in map(ahead.next, (1, 1, 2, 2))]
     whole = TokenStream(config.data, seq_length=32, global_batch_size=8, seed=3)
     truth = [(n, make(whole.batch(n), step).shares) for n, step in ((5, 1), (6, 1), (7, 2), (8, 2))]

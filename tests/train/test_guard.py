@@ -13,7 +13,7 @@ from esolm_megatron.config.sections import GuardConfig
 from esolm_megatron.parallel.replicas import accusations, checksum, compared, verdict
 from esolm_megatron.topology import Topology
 from esolm_megatron.train.guard import Guard, Rollback, kept, spike
-from esolm_megatron.train.trainer import _set_aside
+from esolm_megatron.train.run_folder import set_aside
 
 GOOD = ["good", "good", "good", "good"]
 WITH_BAD = ["good", "good", "nan", "spike", "good", "nan", "good"]
@@ -308,12 +308,12 @@ def test_another_process_leaves_out_the_same(tmp_path):
     assert alone.skipped == {2, 50}
 
 
-def test_only_the_checkpoints_of_the_last_rollback_are_set_aside(tmp_path):
+def test_only_the_checkpoints_of_the_last_rollback_areset_aside(tmp_path):
     """A run that rolls back often does not fill the disk."""
     for step in (4, 8, 12):
         checkpoint.step_folder(tmp_path, step).mkdir(parents=True)
-    _set_aside(tmp_path, [8, 12], 1)
+    set_aside(tmp_path, [8, 12], 1)
     checkpoint.step_folder(tmp_path, 8).mkdir()
-    _set_aside(tmp_path, [8], 2)
+    set_aside(tmp_path, [8], 2)
     left = sorted(p.name for p in checkpoint.step_folder(tmp_path, 0).parent.iterdir())
     assert left == ["step_00000004", "step_00000008.rolled_back-2"]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from esolm_megatron.config import OptimConfig
+from esolm_megatron.config.tree import OptimConfig
 from esolm_megatron.train.schedule import learning_rate
 
 

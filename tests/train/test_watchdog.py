@@ -241,10 +241,10 @@ import dataclasses
 import numpy as np
 from esolm_megatron import cli
 from esolm_megatron.data.stream import TokenStream
-from esolm_megatron.train import trainer
+from esolm_megatron.train import collate
 
 bad = {int(x) for x in sys.argv[1].split(",")}
-honest_batch, honest_draw = TokenStream.batch, trainer.draw_step
+honest_batch, honest_draw = TokenStream.batch, collate.draw_step
 hashes = set()
 
 def batch(self, step):
@@ -261,7 +261,7 @@ def draw(tokens, *args, **kwargs):
     first = dataclasses.replace(first, weights=first.weights * float("nan"))
     return dataclasses.replace(noised, micro_batches=[first, *rest])
 
-TokenStream.batch, trainer.draw_step = batch, draw
+TokenStream.batch, collate.draw_step = batch, draw
 sys.exit(cli.main(["train", *sys.argv[2:]]))
 """
 

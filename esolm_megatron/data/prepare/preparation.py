@@ -226,15 +226,10 @@ def _identity(config: PrepareConfig, fingerprint: str, work: list[Task]) -> dict
     """Whatever the bytes of the result depend on, by field; of the inputs their names and sizes."""
     skipped = {"inputs", "output", "tokenizer", "num_processes"}
     tree = {name: value for name, value in config.model_dump(mode="json").items() if name not in skipped}
-    pieces = [
-        [p.path if p.path.startswith(hub.SCHEME) else Path(p.path).name, p.start, p.stop]
-        for p in (p for task in work for p in task.pieces)
-        if config.inputs[p.entry] != STDIN
-    ]
+    named = [p for task in work for p in task.pieces if config.inputs[p.entry] != STDIN]
+    pieces = [[p.path if p.path.startswith(hub.SCHEME) else Path(p.path).name, p.start, p.stop] for p in named]
     digest = hashlib.sha256(json.dumps(pieces).encode()).hexdigest()[:16]
-    files = len({p.path for task in work for p in task.pieces if config.inputs[p.entry] != STDIN})
-    size = sum(p.bytes for task in work for p in task.pieces if config.inputs[p.entry] != STDIN)
-    inputs = f"{files} files, {size} bytes, digest {digest}"
+    inputs = f"{len({p.path for p in named})} files, {sum(p.bytes for p in named)} bytes, digest {digest}"
     fixed = {"format_version": FORMAT_VERSION, "document_hash": tasks.DOCUMENT_HASH}
     return {**tree, **fixed, "inputs": inputs, "tokenizer": fingerprint[:16]}
 

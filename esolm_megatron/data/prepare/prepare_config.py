@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from esolm_megatron.config.section import Section
+from esolm_megatron.config.section import Section, field_problems, nearest
 from esolm_megatron.data.prepare.inputs import check_input, find_inputs
 from esolm_megatron.data.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 from esolm_megatron.errors import ConfigError
@@ -60,30 +59,22 @@ def load_prepare_config(path: str | Path, overrides: list[str] | tuple[str, ...]
     Raises:
         ConfigError: with every problem, one a line, headed by the file's name.
     """
-    from esolm_megatron.config.tree import (
-        read_tree,  # and with it all sections of a run, which `prepare` can do without
-    )
+    from esolm_megatron.config.tree import read_tree  # which `prepare` can do without
 
     tree = read_tree(path, overrides, PrepareConfig)
     try:
         config, problems = PrepareConfig.model_validate(tree), []
     except ValidationError as error:
-        config, problems = None, [_problem(item) for item in error.errors()]
+        config, problems = None, field_problems(error, _hint)
     problems += checked(config)[0] if config is not None else []
     if config is None or problems:
         raise ConfigError("\n".join([f"{path}:", *problems]))
     return config
 
 
-def _problem(item: Any) -> str:
-    path = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "missing":
-        return f"{path}: missing; give it a value"
-    if item["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(path, PrepareConfig.model_fields, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(PrepareConfig.model_fields)}"
-        return f"{path} = {item['input']!r}: no such field; {hint}"
-    return f"{path} = {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+def _hint(path: tuple[str, ...]) -> str:
+    near = nearest(path[-1], PrepareConfig.model_fields)
+    return f"did you mean {near}?" if near else f"known here: {', '.join(PrepareConfig.model_fields)}"
 
 
 def checked(config: PrepareConfig) -> tuple[list[str], Tokenizer | None]:

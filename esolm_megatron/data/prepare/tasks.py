@@ -208,30 +208,24 @@ def _read(piece: Piece, text_field: str, meter: Meter) -> Iterator[tuple[str, by
 
 def _kept(task: Task, rules: Rules, folder: Path, counts: Counts, place: Meter) -> Iterator[Document]:
     """The documents of a task that are not left out; `counts` gets all of them by fate."""
-    if not rules.deduplicate:
-        for entry, text, data in _documents(task, rules, counts, place):
-            count = counts[entry]
-            count["kept"] += 1
-            count["text_bytes"] += len(data)
-            yield Document(text, len(data), xxh3_64_intdigest(data))
-        return
-    hashes = np.load(scan_path(folder, task), allow_pickle=False).tolist()
-    duplicate = np.load(_duplicate_path(folder, task), allow_pickle=False)
+    hashes = duplicate = None
+    if rules.deduplicate:
+        hashes = np.load(scan_path(folder, task), allow_pickle=False).tolist()
+        duplicate = np.load(_duplicate_path(folder, task), allow_pickle=False)
     index, same = 0, True
     for entry, text, data in _documents(task, rules, counts, place):
-        count = counts[entry]
-        hashed = xxh3_64_intdigest(data)
-        same = index < len(hashes) and hashed == hashes[index]
+        count, hashed = counts[entry], xxh3_64_intdigest(data)
+        same = hashes is None or (index < len(hashes) and hashed == hashes[index])
         if not same:
             break
-        if duplicate[index]:
+        if duplicate is not None and duplicate[index]:
             count["duplicate"] += 1
         else:
             count["kept"] += 1
             count["text_bytes"] += len(data)
             yield Document(text, len(data), hashed)
         index += 1
-    if not same or index < len(hashes):
+    if not same or (hashes is not None and index < len(hashes)):
         names = ", ".join(sorted({piece.path for piece in task.pieces})[:3])
         raise DataError(f"{names}: changed while they were prepared; delete the output and start again")
 

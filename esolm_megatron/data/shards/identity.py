@@ -46,11 +46,8 @@ def changes(old: Mapping[str, Mapping[str, Any]], new: Mapping[str, Mapping[str,
         if a["fingerprint"] == b["fingerprint"]:
             continue
         facts = [f"fingerprint was {a['fingerprint'][:12]}, now {b['fingerprint'][:12]}"]
-        facts += [
-            f"{key} was {a[key]}, now {b[key]}"
-            for key in a
-            if key not in ("fingerprint", "shards") and a[key] != b.get(key)
-        ]
+        other = [key for key in a if key not in ("fingerprint", "shards") and a[key] != b.get(key)]
+        facts += [f"{key} was {a[key]}, now {b[key]}" for key in other]
         out.append(f"source {name}: {'; '.join([*facts, *_other_shards(a, b)])}")
     return out
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from esolm_megatron.lazy import hand_on
 
 if TYPE_CHECKING:
-    from esolm_megatron.data.stream.token_stream import Batch, TokenStream, ValidationSet
+    from esolm_megatron.data.stream.batch import Batch
+    from esolm_megatron.data.stream.token_stream import TokenStream, ValidationSet
 else:
-    __getattr__ = hand_on(__name__, token_stream="Batch TokenStream ValidationSet")
+    __getattr__ = hand_on(__name__, batch="Batch", token_stream="TokenStream ValidationSet")

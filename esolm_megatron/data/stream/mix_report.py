@@ -84,12 +84,7 @@ def mix(config: Config) -> Mix:
         DataError: a source is not there, or they do not go together.
     """
     num_steps = config.train.num_steps
-    stream = TokenStream(
-        config.data,
-        seq_length=config.model.seq_length,
-        global_batch_size=config.train.global_batch_size,
-        seed=config.seed,
-    )
+    stream = TokenStream.of(config)
     phases: list[Phase] = [phase for phase in stream.mixture.phases if phase.start < num_steps]
     steps = sorted({*np.linspace(0, num_steps, _POINTS).astype(int).tolist(), *(phase.start for phase in phases)})
     counts, end = [stream.counts(step) for step in steps], stream.counts(num_steps)

@@ -6,24 +6,20 @@ import queue
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
-from typing import TYPE_CHECKING
 
+from esolm_megatron.data.shards import ShardEntry
+from esolm_megatron.data.shards.shard_cache import CachedFolder
+from esolm_megatron.data.stream.batch import Batch, Batches
 from esolm_megatron.errors import DataError
-
-if TYPE_CHECKING:
-    from esolm_megatron.data.shards import ShardEntry
-    from esolm_megatron.data.shards.shard_cache import CachedFolder
-    from esolm_megatron.data.stream.token_stream import Batch, TokenStream
 
 _DOWNLOADS = 4
 _STEPS_AHEAD, _POLL_S = 1000, 0.02
 
 
-class Prefetch(Iterator["Batch"]):
+class Prefetch(Iterator[Batch]):
     """An iterator of batches that a thread reads ahead; what fails in the thread is raised in `next`."""
 
-    def __init__(self, stream: TokenStream, start: int, stop: int | None, depth: int):
+    def __init__(self, stream: Batches, start: int, stop: int | None, depth: int):
         if depth < 1:
             raise DataError(f"prefetch depth = {depth}: must be 1 or more")
         self._stream, self._start, self._end = stream, start, stop
@@ -67,9 +63,7 @@ class Prefetch(Iterator["Batch"]):
     def __enter__(self) -> Prefetch:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _read_ahead(self) -> None:
@@ -99,7 +93,7 @@ class ShardsAhead:
     is the step that the reader is at; set it.
     """
 
-    def __init__(self, stream: TokenStream, start: int, stop: int | None):
+    def __init__(self, stream: Batches, start: int, stop: int | None):
         self.reading = start
         self._stream, self._start, self._end = stream, start, stop
         self._stop = threading.Event()

@@ -1,6 +1,6 @@
 """Batches of token rows: the batch of any step, at once, without reading what came before.
 
-    sample of the run -> source and number there (mixture.py) -> sequence (order.py) -> block and offset -> tokens
+    sample of the run -> source and number there (mixture.py) -> sequence (shuffle.py) -> block and offset -> tokens
 
 All of it is arithmetic: the batch of a step is a function of (manifests, mixture, seed, step) alone.
 """
@@ -8,53 +8,22 @@ All of it is arithmetic: the batch of a step is a function of (manifests, mixtur
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
 
-from esolm_megatron.config import DataConfig
+from esolm_megatron.config import Config, DataConfig
 from esolm_megatron.data.shards import ShardEntry, ShardReader
 from esolm_megatron.data.shards.format import ShardDamage
 from esolm_megatron.data.shards.identity import summary
 from esolm_megatron.data.shards.shard_cache import CachedFolder, open_folder
+from esolm_megatron.data.stream.batch import Batch, Damage
 from esolm_megatron.data.stream.mixture import Mixture, pattern, phases_of, sources_of
 from esolm_megatron.data.stream.prefetch import Prefetch
 from esolm_megatron.data.stream.shuffle import Order, permutation
 from esolm_megatron.errors import DataError
-
-
-@dataclass(frozen=True)
-class Damage:
-    """A row that could not be read and was left blank; block and offset are those in its shard's folder."""
-
-    source: str
-    shard: str
-    block: int
-    offset: int
-    row: int
-    sample: int
-    error: str
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows of tokens."""
-
-    tokens: np.ndarray
-    """int64 (rows, L)."""
-    valid: np.ndarray
-    """bool (rows, L); False where a short validation row is filled up with end-of-text, and all over a blank row."""
-    rows: np.ndarray
-    """int64 (rows,): place of each row in the global batch; in validation, its place in the split."""
-    samples: np.ndarray
-    """int64 (rows,): number of each row in the whole run; in validation, its place in the split."""
-    documents: list[np.ndarray]
-    """For each row, where inside it documents start; place 0 is left out."""
-    damage: tuple[Damage, ...] = ()
-    """The blank rows."""
 
 
 def data_config(data: DataConfig | str | Path, **fields: Any) -> DataConfig:
@@ -174,6 +143,21 @@ class Source(_Rows):
         return sum(sorted(sizes)[-self._working_set :]), max(sizes)
 
 
+def _put_together(
+    parts: list[tuple[np.ndarray, Any, Any, Any]],
+    rows: np.ndarray,
+    samples: np.ndarray,
+    damage: tuple[Damage, ...] = (),
+) -> Batch:
+    """The batch of what each source has: (places of its rows in the batch, tokens, validity, document starts)."""
+    if len(parts) == 1:
+        return Batch(parts[0][1], parts[0][2], rows, samples, parts[0][3], damage)
+    order = np.argsort(np.concatenate([chosen for chosen, *_ in parts]))
+    tokens, valid = (np.concatenate([part[n] for part in parts])[order] for n in (1, 2))
+    starts = [start for part in parts for start in part[3]]
+    return Batch(tokens, valid, rows, samples, [starts[n] for n in order.tolist()], damage)
+
+
 class TokenStream:
     """The training rows of one data-parallel rank, for any step.
 
@@ -223,6 +207,15 @@ class TokenStream:
         self.remote = any(source.place.remote for source in self._all)
         self._check_cache()
 
+    @classmethod
+    def of(cls, config: Config, data_rank: int = 0, data_size: int = 1) -> TokenStream:
+        """The training rows of a run."""
+        length, size = config.model.seq_length, config.train.global_batch_size
+        return cls(
+            config.data, seq_length=length, global_batch_size=size, seed=config.seed, data_rank=data_rank,
+            data_size=data_size,
+        )  # fmt: skip
+
     def batch(self, step: int) -> Batch:
         """Rows of the global batch of `step`: r, r + R, r + 2R, ... for data rank r of R."""
         if step < 0:
@@ -230,25 +223,17 @@ class TokenStream:
         rows = np.arange(self.data_rank, self.global_batch_size, self.data_size, dtype=np.int64)
         places = self._places(step, rows)
         samples = step * self.global_batch_size + places
-        tokens = np.empty((len(rows), self.seq_length), np.int64)
-        valid = np.empty(tokens.shape, bool)
-        documents: list[np.ndarray] = [np.empty(0, np.int64)] * len(rows)
-        damage = []
+        parts, damage = [], []
         for name, chosen, own in self._dealt(step, places):
             source = self.sources[name]
             if source.place.remote:
                 source.release(own)
-            found, whole, starts, lost = source.read(*source.locate(own))
-            if len(chosen) == len(rows):
-                tokens, valid, documents = found, whole, starts
-            else:
-                tokens[chosen], valid[chosen] = found, whole
-                for row, start in zip(chosen.tolist(), starts, strict=True):
-                    documents[row] = start
+            tokens, valid, starts, lost = source.read(*source.locate(own))
+            parts.append((chosen, tokens, valid, starts))
             damage += [
                 self._damage(name, block, rows[chosen[row]], samples[chosen[row]], error) for row, block, error in lost
             ]
-        return Batch(tokens, valid, rows, samples, documents, tuple(damage))
+        return _put_together(parts, rows, samples, tuple(damage))
 
     def _places(self, step: int, rows: np.ndarray) -> np.ndarray:
         """Which sample of the batch each row is. Sources take turns, so rows of a mixture are permuted.
@@ -275,11 +260,11 @@ class TokenStream:
         """Of each source, samples, tokens and epochs in the first `num_batches` global batches."""
         return {
             name: {
-                "samples": count,
-                "tokens": count * self.seq_length,
-                "epochs": round(count / self.sources[name].num_sequences, 6),
+                "samples": n,
+                "tokens": n * self.seq_length,
+                "epochs": round(n / self.sources[name].num_sequences, 6),
             }
-            for name, count in self.mixture.counts(num_batches).items()
+            for name, n in self.mixture.counts(num_batches).items()
         }
 
     def facts(self) -> dict[str, dict[str, Any]]:
@@ -404,16 +389,12 @@ class ValidationSet:
                 f"row {index[(index < 0) | (index >= len(self))][0]}: the split has rows 0 to {len(self) - 1}"
             )
         which, numbers = self._pattern.deal(index)
-        tokens, valid = np.empty((len(index), self.seq_length), np.int64), np.empty((len(index), self.seq_length), bool)
-        documents: list[np.ndarray] = [np.empty(0, np.int64)] * len(index)
-        for source, first, number in zip(self._sources, self._first_row, range(len(self._sources)), strict=True):
+        parts = []
+        for number, (source, first) in enumerate(zip(self._sources, self._first_row, strict=True)):
             chosen = np.flatnonzero(which == number)
             places = np.searchsorted(first, numbers[chosen], "right") - 1
-            offsets = (numbers[chosen] - first[places]) * self.seq_length
-            tokens[chosen], valid[chosen], starts, _ = source.read(places, offsets)
-            for row, start in zip(chosen.tolist(), starts, strict=True):
-                documents[row] = start
-        return Batch(tokens, valid, index, index, documents)
+            parts.append((chosen, *source.read(places, (numbers[chosen] - first[places]) * self.seq_length)[:3]))
+        return _put_together(parts, index, index)
 
     def close(self) -> None:
         """Close the shards."""

@@ -2,40 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from esolm_megatron.inference.request import Draw
+
 _BLOCK = 256
-
-
-@dataclass(frozen=True)
-class Draw:
-    """How tokens are drawn from logits; the default is the model's own distribution.
-
-    temperature: logits are divided by it; 0 takes the likeliest token. top_k: the k likeliest tokens, 0 for all.
-    top_p: after those, the smallest set of likeliest tokens that holds this probability. Of equally likely tokens all
-    or none belong to a set. repetition_penalty: logits of tokens that the row holds already are divided by it if
-    positive, multiplied if negative; 1 is off.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p = {self.top_p}: must lie above 0 and at most 1; 1 draws from all tokens")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(
-                f"temperature = {self.temperature}: must be a number of at least 0; 0 takes the likeliest token"
-            )
-        if self.top_k < 0:
-            raise ValueError(f"top_k = {self.top_k}: must be at least 1, or 0 to draw from all tokens")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise ValueError(f"repetition_penalty = {self.repetition_penalty}: must be a number above 0; 1 is off")
 
 
 DEFAULT = Draw()

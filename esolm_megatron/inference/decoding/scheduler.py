@@ -8,22 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import cast, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from esolm_megatron.inference.decoding.draw import DEFAULT, Draw
+from esolm_megatron.inference.request import Draw, Order, SampleRequest, Schedule
 from esolm_megatron.objective.noise import alpha, uniforms, words
 from esolm_megatron.objective.order import random_order
-
-Schedule = Literal["binomial", "uniform", "first_hitting"]
-"""binomial: the ancestral sampler of the paper. uniform: equally many places in each diffusion step. first_hitting: the
-ancestral sampler of infinitely many steps, which fills one place a pass."""
-Order = Literal["random", "left_to_right", "block_distant"]
-"""Places of the diffusion steps: random, from the left, or random ones of which a step takes those farthest apart."""
 
 
 def binomial_schedule(num_places: int, alpha_0: float, steps: int, *key: int | str, epsilon: float = 1e-3) -> list[int]:
@@ -89,73 +83,61 @@ class RowPlan:
     order: NDArray[np.int64]
     ks: list[int]
     raw: NDArray[np.int64]
-    draw: Draw = DEFAULT
-    stop_id: int | None = None
+    draw: Draw
+    stop_id: int | None
 
 
-def plan_rows(
-    rows: range,
-    length: int,
-    *,
-    mask_id: int,
-    alpha_0: float,
-    steps: int,
-    seed: int = 0,
-    draw: Draw = DEFAULT,
-    prompt: Tensor | None = None,
-    prompt_positions: Tensor | None = None,
-    schedule: Schedule = "binomial",
-    order: Order | Tensor = "random",
-    own_schedules: bool = False,
-    stop_id: int | None = None,
-) -> list[RowPlan]:
-    """The plan of each row; the arguments are those of `sample`.
+def plan_rows(request: SampleRequest, mask_id: int) -> list[RowPlan]:
+    """The plan of each row that is asked for.
 
     Raises:
-        ValueError: an argument out of its range, said with the fix.
+        ValueError: a field out of its range, said with the fix.
     """
-    _check_numbers(len(rows), length, alpha_0, steps, schedule, order)
-    if stop_id is not None and not 0 <= stop_id < mask_id:
-        raise ValueError(f"stop_id = {stop_id}: must be an id of 0 to {mask_id - 1}, or None to fill every place")
-    given, positions = _check_prompt(prompt, prompt_positions, len(rows), length, mask_id)
-    wanted = None if isinstance(order, str) else _given_order(order, positions, len(rows), length)
+    _check(request, mask_id)
+    count, length, seed = request.num_samples, request.length, request.seed
+    given, positions = _check_prompt(request.prompt, request.prompt_positions, count, length, mask_id)
+    order = request.order
+    wanted = None if isinstance(order, str) else _given_order(order, positions, count, length)
     num_free = length - given.shape[1]
 
     def sizes(*key: int | str) -> list[int]:
-        if schedule == "uniform":
-            return uniform_schedule(num_free, alpha_0, steps)
-        if schedule == "first_hitting":
-            return first_hitting_schedule(num_free, alpha_0, *key)
-        return binomial_schedule(num_free, alpha_0, steps, *key)
+        if request.schedule == "uniform":
+            return uniform_schedule(num_free, request.alpha_0, request.steps)
+        if request.schedule == "first_hitting":
+            return first_hitting_schedule(num_free, request.alpha_0, *key)
+        return binomial_schedule(num_free, request.alpha_0, request.steps, *key)
 
-    shared = None if own_schedules else sizes(seed)
+    shared = None if request.own_schedules else sizes(seed)
     plans = []
-    for i, row in enumerate(rows):
+    for i, row in enumerate(request.rows):
         ks = sizes(seed, "row", row) if shared is None else shared
         if wanted is None:
             places = draw_orders(positions[i : i + 1], length, ks, cast(Order, order), range(row, row + 1), seed)[0]
         else:
             places = wanted[i]
         raw = words(length, seed, "token", row).view(np.int64)
-        plans.append(RowPlan(given[i], places, ks + [1] * (num_free - sum(ks)), raw, draw, stop_id))
+        plans.append(RowPlan(given[i], places, ks + [1] * (num_free - sum(ks)), raw, request.draw, request.stop_id))
     return plans
 
 
-def _check_numbers(
-    num_samples: int, length: int, alpha_0: float, steps: int, schedule: str, order: str | Tensor
-) -> None:
-    for name, count in (("num_samples", num_samples), ("length", length), ("steps", steps)):
+def _check(request: SampleRequest, mask_id: int) -> None:
+    for name in ("num_samples", "length", "steps"):
+        count = getattr(request, name)
         if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 1:
             raise ValueError(f"{name} = {count!r}: must be a whole number of at least 1")
-    if not 0 <= alpha_0 <= 1:
-        raise ValueError(f"alpha_0 = {alpha_0}: must lie in 0 (left to right only) to 1 (diffusion only)")
-    named = order if isinstance(order, str) else "random"
-    for name, value, known in (("schedule", schedule, get_args(Schedule)), ("order", named, get_args(Order))):
+    if not 0 <= request.alpha_0 <= 1:
+        raise ValueError(f"alpha_0 = {request.alpha_0}: must lie in 0 (left to right only) to 1 (diffusion only)")
+    named = request.order if isinstance(request.order, str) else "random"
+    for name, value, known in (("schedule", request.schedule, get_args(Schedule)), ("order", named, get_args(Order))):
         if value not in known:
             raise ValueError(f"{name} = {value!r}: must be one of {', '.join(known)}")
-    if named == "block_distant" and schedule != "uniform":
+    if named == "block_distant" and request.schedule != "uniform":
         raise ValueError(
-            f"schedule = {schedule!r}: order='block_distant' needs steps of one size; use schedule='uniform'"
+            f"schedule = {request.schedule!r}: order='block_distant' needs steps of one size; use schedule='uniform'"
+        )
+    if request.stop_id is not None and not 0 <= request.stop_id < mask_id:
+        raise ValueError(
+            f"stop_id = {request.stop_id}: must be an id of 0 to {mask_id - 1}, or None to fill every place"
         )
 
 

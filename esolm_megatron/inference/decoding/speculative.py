@@ -25,7 +25,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from esolm_megatron.inference.decoding.draw import Draw, pick, probabilities
+from esolm_megatron.inference.decoding.draw import pick, probabilities
+from esolm_megatron.inference.request import Draw, SampleRequest
 from esolm_megatron.model.cache import KVCache
 from esolm_megatron.model.products import FastProducts
 from esolm_megatron.model.transformer import EsoLM
@@ -52,36 +53,31 @@ def decode_verified(
     fed: Tensor,
     order: Tensor,
     log_probs: Tensor,
+    request: SampleRequest,
     *,
     num_given: int,
-    propose: int,
-    passes: int,
-    draw: Draw,
-    key: tuple[int | str, ...],
-    first_row: int = 0,
     watch: Callable[[int, *_Made], None] | None = None,
     ended: Callable[[*_Made, NDArray[np.int64]], list[int]] | None = None,
 ) -> int:
     """Fill `fed` (B, L) in place, in the generation order, and `log_probs` (B, L) beside it; returns the passes.
 
-    Each token has exactly the distribution that one token a pass would give it. propose: k, tokens proposed at once,
-    the certain one included. key: with the row and the pass it names the random numbers. watch, ended: told after each
-    pass which rows, positions and tokens it made certain; `ended`, also told how many places of each row are certain (B,),
-    names the rows that end before they are full. See `sample` for the rest.
+    Each token has exactly the distribution that one token a pass would give it. `request.propose`: tokens proposed at
+    once, the certain one included. watch, ended: told after each pass which rows, positions and tokens it made certain;
+    `ended`, also told how many places of each row are certain (B,), names the rows that end before they are full.
     """
-    length, device = fed.shape[1], fed.device
+    length, device, propose, draw = fed.shape[1], fed.device, request.propose, request.draw
     cache = KVCache(model.shape, len(fed), length + propose * (propose + 1), model.embedding.weight.dtype, device)
     products = FastProducts(model)
     rows = [_Row(i, num_given) for i in range(len(fed)) if num_given < length]
     count, known = 0, np.full(len(fed), num_given)
     while rows:
         for row in rows:
-            row.width = propose if passes == 1 or not row.proposals else 1
+            row.width = propose if request.passes == 1 or not row.proposals else 1
         logits, firsts = _feed(model, cache, products, fed, order, rows)
         exact = probabilities(logits[torch.cat(firsts).to(device)], draw)
         made, at = [], 0
         for row, first in zip(rows, firsts, strict=True):
-            raw = words(2 * propose + 2, *key, "verified", first_row + row.id, count)
+            raw = words(2 * propose + 2, request.seed, "verified", request.first_row + row.id, count)
             made.append(_advance(row, fed, log_probs, logits, exact[at : at + len(first)], first, draw, raw))
             at += len(first)
         over = {row.id for row in rows if row.known == length}

@@ -7,6 +7,7 @@ from cuda_rules import cuda_operators
 from parity import MODERN, random_model
 from test_sampler import close
 
+from esolm_megatron.inference import SampleRequest
 from esolm_megatron.inference.decoding import cuda_graphs as recorded
 from esolm_megatron.inference.decoding.cuda_graphs import Size
 from esolm_megatron.inference.decoding.decoder import Decoder
@@ -53,7 +54,7 @@ def logits_of(model, plans, length, fixed_shapes, later=()):
 )
 def test_fixed_shapes_change_no_logit(shape, options):
     model = random_model(**shape)
-    plans = plan_rows(range(5), 13, mask_id=model.shape.mask_id, seed=3, **options)
+    plans = plan_rows(SampleRequest(5, 13, seed=3, **options), model.shape.mask_id)
     ragged, _ = logits_of(model, plans[:3], 13, False, later=plans[3:])
     fixed, decoder = logits_of(model, plans[:3], 13, True, later=plans[3:])
     assert ragged.keys() == fixed.keys()
@@ -66,7 +67,7 @@ def test_fixed_shapes_change_no_logit(shape, options):
 def test_large_passes_are_left_as_they_are(monkeypatch):
     model = random_model()
     monkeypatch.setattr(recorded, "MOST_TOKENS", 8)
-    plans = plan_rows(range(4), 13, mask_id=model.shape.mask_id, alpha_0=0.5, steps=1)
+    plans = plan_rows(SampleRequest(4, 13, alpha_0=0.5, steps=1), model.shape.mask_id)
     ragged, _ = logits_of(model, plans, 13, False)
     fixed, decoder = logits_of(model, plans, 13, True)
     for at, logit in ragged.items():
@@ -80,7 +81,7 @@ def test_many_passes_have_few_sizes():
     """One token a pass, and ragged passes: what is recorded is replayed."""
     model = random_model()
     for options in ({"schedule": "first_hitting", "steps": 1}, {"schedule": "binomial", "steps": 64}):
-        plans = plan_rows(range(3), 300, mask_id=model.shape.mask_id, alpha_0=1.0, **options)
+        plans = plan_rows(SampleRequest(3, 300, alpha_0=1.0, **options), model.shape.mask_id)
         _, decoder = logits_of(model, plans, 300, True)
         assert sum(decoder.recorded.counts.values()) == len(plans[0].ks)
         assert len(decoder.recorded.counts) <= 30

@@ -6,13 +6,18 @@ import torch
 from parity import random_model
 from test_sampler import chi_square_is_fine, close, uncached_logits
 
-from esolm_megatron.inference import PretrainedEsoLM, Sampler, sample
+from esolm_megatron.inference import PretrainedEsoLM, Sampler, SampleRequest, sample
 from esolm_megatron.inference.decoding.decoder import Decoder
 from esolm_megatron.inference.decoding.draw import Draw, draw_tokens, penalise, probabilities
 from esolm_megatron.inference.decoding.scheduler import plan_rows
 from esolm_megatron.inference.sampler import schedule_log_probs
 from esolm_megatron.objective.likelihood import log_likelihood
 from esolm_megatron.objective.noise import words
+
+
+def planned(*args, mask_id, **fields):
+    return plan_rows(SampleRequest(*args, **fields), mask_id)
+
 
 GIVEN = torch.tensor([[4, 0, 3, 10, 11, 1, 12, 5, 2, 9, 6, 8, 7], *torch.rand(3, 13).argsort(1).tolist()])
 KINDS = {
@@ -69,11 +74,11 @@ def test_every_step_of_every_kind_equals_the_uncached_network(kind, prompt, own)
 
 def test_given_orders_are_followed_with_the_prompt_first():
     options = {"mask_id": 22, "alpha_0": 0.5, "steps": 3, "prompt": torch.tensor([1, 2]), "order": GIVEN[0]}
-    plans = plan_rows(range(2), 13, prompt_positions=torch.tensor([9, 0]), **options)
+    plans = planned(2, 13, prompt_positions=torch.tensor([9, 0]), **options)
     assert plans[1].order.tolist() == [9, 0, 4, 3, 10, 11, 1, 12, 5, 2, 6, 8, 7]
     for broken in (GIVEN[0, :12], GIVEN[0].clone().fill_(3)):
         with pytest.raises(ValueError, match="order: each row must hold every position 0 to 12 once"):
-            plan_rows(range(2), 13, **{**options, "order": broken})
+            planned(2, 13, **{**options, "order": broken})
 
 
 def test_rows_with_schedules_of_their_own():
@@ -87,12 +92,12 @@ def test_rows_with_schedules_of_their_own():
     parts = PretrainedEsoLM(model, 0.5).sample(6, 13, seed=1, batch_size=4, **options)
     assert torch.equal(samples[0], parts[0])
     assert samples.ks == parts.ks
-    counts = [[sum(p.ks[:-1]) for p in plan_rows(range(300), 20, mask_id=22, alpha_0=1.0, steps=2, own_schedules=True)]]
+    counts = [[sum(p.ks[:-1]) for p in planned(300, 20, mask_id=22, alpha_0=1.0, steps=2, own_schedules=True)]]
     assert abs(np.mean(counts) - 10) < 5 * (5 / 300) ** 0.5, "each row draws its own binomial numbers"
 
 
 def test_first_hitting_has_the_share_of_the_ancestral_sampler():
-    plans = plan_rows(range(400), 32, mask_id=9, alpha_0=0.25, steps=1, schedule="first_hitting", own_schedules=True)
+    plans = planned(400, 32, mask_id=9, alpha_0=0.25, steps=1, schedule="first_hitting", own_schedules=True)
     assert {k for plan in plans for k in plan.ks} == {1}
     sequential = [np.argmax([*(np.diff(p.order[::-1]) > 0).tolist(), True]) for p in plans]
     assert abs(32 - np.mean(sequential) - 1 - 8) < 1
@@ -103,9 +108,9 @@ def test_rows_come_and_go():
     model = random_model()
     kinds = list(KINDS.values())[:5]
     plans = [
-        plan_rows(
-            range(i, i + 1), 5 + i, mask_id=22, alpha_0=0.6, steps=1 + i % 3, seed=i,
-            draw=Draw(top_p=0.8 if i % 2 else 1.0, repetition_penalty=1.0 + (i == 4)), **kinds[i % 5],
+        planned(
+            1, 5 + i, mask_id=22, first_row=i, alpha_0=0.6, steps=1 + i % 3, seed=i,
+            top_p=0.8 if i % 2 else 1.0, repetition_penalty=1.0 + (i == 4), **kinds[i % 5],
         )[0]
         for i in range(9)
     ]  # fmt: skip

@@ -1,0 +1,76 @@
+"""What is in a run's folder before its first step: settings, tokenizer, and the checkpoint that it continues from."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from esolm_megatron.checkpoint import Checkpoint, CheckpointError
+from esolm_megatron.checkpoint import folder as checkpoint
+from esolm_megatron.config import Config, dump
+from esolm_megatron.data.shards.shard_cache import open_folder
+from esolm_megatron.data.stream.mixture import sources_of
+from esolm_megatron.parallel.engine import Engine
+from esolm_megatron.train import preflight
+from esolm_megatron.train.feed import Feed
+from esolm_megatron.train.guard import batches_done
+
+
+def prepare_run_folder(config: Config) -> None:
+    """Write what makes the run reproducible: the resolved configuration and the tokenizer."""
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    checkpoint.prune(config.run_dir, config.checkpoint.keep_last, config.checkpoint.keep_every, remove_unfinished=True)
+    (config.run_dir / "config.yaml").write_text(dump(config))
+    place = open_folder(next(iter(sources_of(config.data).values())).path, config.data)
+    if (config.run_dir / "tokenizer").exists():
+        return
+    if place.remote:
+        definition = place.read("tokenizer/tokenizer.json", "copy the whole folder again")
+        (config.run_dir / "tokenizer").mkdir()
+        (config.run_dir / "tokenizer" / "tokenizer.json").write_bytes(definition)
+    elif (place.path / "tokenizer").is_dir():
+        shutil.copytree(place.path / "tokenizer", config.run_dir / "tokenizer")
+
+
+def resume(config: Config, engine: Engine, feed: Feed) -> int:
+    """Load the newest whole checkpoint, if there is one; returns the steps already done.
+
+    Raises:
+        ConfigError: the checkpoint was trained on other data, or with other weights of its sources,
+            or the run starts from weights of another network.
+    """
+    step, error = -1, None
+    if engine.is_first_rank:  # one rank verifies, and tells the others which checkpoint is whole
+        try:
+            whole = checkpoint.newest(config.run_dir, verify=True, move_damaged=True)
+            step = -1 if whole is None else whole.step
+        except CheckpointError as problem:
+            error = problem
+    if engine.any_rank(error is not None):
+        raise error or CheckpointError(f"{config.run_dir}: the first rank found no checkpoint to continue from")
+    step = engine.all_ranks(step)[0]
+    if step < 0:
+        return 0
+    found = Checkpoint.open(checkpoint.step_folder(config.run_dir, step))
+    numbers = found.manifest["numbers"]
+    if "converted_from" in found.manifest:
+        preflight.refuse_other_model(config, found.config_tree["model"])
+    else:
+        feed.check_same(found.manifest, batches_done(found.step, (numbers.get("guard") or {}).get("skipped", ())))
+        feed.restore(numbers)
+    engine.restore(found, tuple(found.kinds()), found.step)
+    return found.step
+
+
+def set_aside(run_dir: Path, steps: Sequence[int], number: int) -> None:
+    """Rename the checkpoints that the run went back over: it will save these steps again.
+
+    Those of an earlier rollback make room: what a run leaves does not grow with its rollbacks.
+    """
+    parent = checkpoint.step_folder(run_dir, 0).parent
+    for old in parent.glob("*.rolled_back-*"):
+        shutil.rmtree(old, ignore_errors=True)
+    for step in steps:
+        folder = checkpoint.step_folder(run_dir, step)
+        folder.rename(folder.with_name(f"{folder.name}.rolled_back-{number}"))
