@@ -5,13 +5,13 @@ The code is this package's own: its plain network is copied at export, with impo
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import esolm_megatron
 from esolm_megatron import __version__
 from esolm_megatron.config import ModelConfig
 from esolm_megatron.data.tokenizer import MASK_TEXT, Tokenizer, load_tokenizer
@@ -83,14 +83,16 @@ def code() -> dict[str, str]:
         name = f"{_flat(module)}.py"
         if name in out:
             continue
-        spec = importlib.util.find_spec(module)
-        assert spec is not None
-        assert spec.origin is not None
-        text = Path(spec.origin).read_text(encoding="utf-8")
+        text = _source(module).read_text(encoding="utf-8")  # not imported: the model's class needs transformers
         waiting += [found for _, found, _ in _IMPORT.findall(text) if found != f"{PACKAGE}.config"]
         text = _IMPORT.sub(_relative, text)
         out[name] = f"# Written by esolm convert, from {PACKAGE} {__version__}: change it there.\n{text}"
     return out
+
+
+def _source(module: str) -> Path:
+    """The file of a module of this package, installed or not."""
+    return Path(esolm_megatron.__file__).parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
 
 
 def _flat(module: str) -> str:

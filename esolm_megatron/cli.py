@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 
 from esolm_megatron.commands import data, generate, jobs, model, run
-from esolm_megatron.config import UserError
+from esolm_megatron.errors import UserError, missing_package
 from esolm_megatron.version import __version__
 
 
@@ -111,11 +111,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.overrides = [*args.overrides, word]
     try:
         return args.run(args)
+    except ImportError as error:
+        missing = missing_package(error)
+        if missing is None:
+            raise
+        return _said(args.verb, missing)
     except (UserError, ValueError, OSError) as error:  # what users can mend: said in one piece, without a traceback
-        Console(stderr=True, soft_wrap=True).print(
-            f"esolm {args.verb}: {error}", style="red", markup=False, highlight=False
-        )
-        return 2 if isinstance(error, ValueError) else 1
+        return _said(args.verb, error)
+
+
+def _said(verb: str, error: Exception) -> int:
+    """Say what is wrong; the exit status."""
+    Console(stderr=True, soft_wrap=True).print(f"esolm {verb}: {error}", style="red", markup=False, highlight=False)
+    return 2 if isinstance(error, ValueError) else 1
 
 
 if __name__ == "__main__":

@@ -1,6 +1,11 @@
-"""What went wrong and was foreseen. Nothing is imported here, so that processes which only work start at once."""
+"""What went wrong and was foreseen. Next to nothing is imported here, so that processes which only work start at once."""
 
 from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(Exception):
@@ -13,3 +18,49 @@ class ConfigError(UserError, ValueError):
 
 class DataError(UserError, RuntimeError):
     """Prepared data that cannot be used."""
+
+
+EXTRAS = {
+    "train": ("deepspeed", "megatron", "wandb"),
+    "data": ("datasets", "matplotlib", "pyarrow", "zstandard"),
+    "hf": ("transformers",),
+    "serve": ("fastapi", "uvicorn"),
+    "s3": ("s3fs",),
+    "slurm": ("submitit",),
+}
+"""Extra -> what is imported of it; where several bring a package, the one to name (pyproject.toml)."""
+
+
+def missing_package(error: ImportError) -> ConfigError | None:
+    """What to tell a user who lacks the extra that a failed import needs; None where no extra of ours brings it."""
+    name = (error.name or "").partition(".")[0]
+    for extra, packages in EXTRAS.items():
+        if isinstance(error, ModuleNotFoundError) and name in packages:
+            return ConfigError(f"needs the package {name}; pip install 'esolm-megatron[{extra}]'")
+    return None
+
+
+def optional(name: str, wanted_by: str) -> Any:
+    """The module `name` of an extra.
+
+    Raises:
+        ConfigError: it is not installed; says what wanted it, and the extra.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        missing = missing_package(error)
+        if missing is None:
+            raise
+        raise ConfigError(f"{wanted_by}: {missing}") from None
+
+
+def require(names: Iterable[str], wanted_by: str) -> None:
+    """Say at once, without importing them, that packages of an extra are missing.
+
+    Raises:
+        ConfigError: as `optional`.
+    """
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f"{wanted_by}: {missing_package(ModuleNotFoundError(name=name))}")

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from esolm_megatron.commands import Placed, options, show
 from esolm_megatron.config import ConfigError
+from esolm_megatron.errors import optional
 from esolm_megatron.inference.request import SamplingParams
 
 
@@ -84,13 +85,8 @@ class ServeOptions(Placed):
 
 def run_serve(args: argparse.Namespace) -> int:
     """Serve a model until a signal asks to end."""
-    try:
-        import uvicorn
-
-        from esolm_megatron.inference import serve
-    except ImportError as error:
-        raise ConfigError(f"{error.name} is missing: pip install 'esolm-megatron[serve]'") from None
-
+    uvicorn = optional("uvicorn", "the server")
+    serve = optional("esolm_megatron.inference.serve", "the server")
     chosen = options(ServeOptions, args.overrides)
     model = chosen.load(args.path)
     limits = serve.Limits(chosen.rows, chosen.length or model.config.seq_length, chosen.queue, chosen.body)

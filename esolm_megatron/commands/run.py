@@ -13,6 +13,7 @@ from rich.console import Console
 
 from esolm_megatron.commands import show
 from esolm_megatron.config import load
+from esolm_megatron.errors import require
 
 
 def run_plan(args: argparse.Namespace) -> int:
@@ -55,6 +56,7 @@ def run_train(args: argparse.Namespace) -> int:
     from esolm_megatron.train.preflight import check_run
 
     config = load(args.path, args.overrides)
+    require(("deepspeed", "megatron"), "training")
     check_run(config, int(os.environ.get("WORLD_SIZE", args.processes or 1)))
     if (args.processes or 1) > 1 and "RANK" not in os.environ:
         return _train_here(args, config.run_dir)

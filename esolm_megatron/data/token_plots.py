@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from esolm_megatron.config import ConfigError
+from esolm_megatron.errors import optional
 
 
 def draw(path: str | Path, title: str, token_counts: np.ndarray, document_lengths: dict[str, np.ndarray]) -> None:
@@ -19,13 +20,7 @@ def draw(path: str | Path, title: str, token_counts: np.ndarray, document_length
     """
     if Path(path).suffix != ".png":
         raise ConfigError(f"plot = {str(path)!r}: must end in .png")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError(
-            f"plot = {str(path)!r}: needs the package matplotlib; pip install 'esolm-megatron[data]'"
-        ) from error
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = optional("matplotlib.figure", f"plot = {str(path)!r}").Figure(figsize=(11, 4.2), layout="constrained")
     figure.suptitle(title)
     left, right = figure.subplots(1, 2)
     counts = np.sort(token_counts[token_counts > 0])[::-1]

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from esolm_megatron.errors import optional
+
 EOS = "<|endoftext|>"
 MASK_TEXT = "[MASK]"
 
@@ -193,10 +195,11 @@ def _from_hub(address: str) -> Path:
 
 def _transformers_definition(folder: Path) -> dict[str, Any]:
     """The tokenizer.json that the transformers library makes of a folder in one of its older forms."""
+    transformers = optional("transformers", f"tokenizer {str(folder)!r}, which has no tokenizer.json")
     try:
-        from transformers import AutoTokenizer
-
-        engine = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).backend_tokenizer
+        engine = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        ).backend_tokenizer
         return json.loads(engine.to_str())
     except Exception as error:  # the library raises whatever its parts do
         raise TokenizerError(

@@ -25,6 +25,7 @@ import yaml
 
 import esolm_megatron
 from esolm_megatron.config import Config, ConfigError, UserError, check, dump, is_remote, load
+from esolm_megatron.errors import optional
 from esolm_megatron.launch.site import ClusterConfig, ask, cluster_problems, partitions, there
 from esolm_megatron.launch.slurm_queue import refuse_running
 from esolm_megatron.train.ending import write_json
@@ -222,12 +223,7 @@ def submit(planned: Submission, *, chain: int = 1, again: bool = False) -> list[
     Raises:
         UserError: submitit is missing, or sbatch refuses; before any folder is written where sbatch can tell.
     """
-    try:
-        import submitit
-    except ImportError:
-        raise UserError(
-            "submitit is not installed: pip install 'esolm-megatron[slurm]', or see slurm/train.sbatch"
-        ) from None
+    submitit = optional("submitit", "esolm launch (slurm/train.sbatch does without)")
     if not there("sbatch"):
         raise UserError("sbatch is not there: is this a login node? esolm launch --local needs no SLURM")
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as trial:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from esolm_megatron.errors import ConfigError
+from esolm_megatron.errors import ConfigError, optional
 
 SCHEME = "hf://"
 _OPTIONS = ("config", "split", "revision")
@@ -113,10 +113,7 @@ def _saved(address: str) -> bool:
 @lru_cache(maxsize=8)
 def _opened(address: str) -> Any:
     name, given = parse(address)
-    try:
-        import datasets
-    except ImportError as error:
-        raise ConfigError(f"{address}: needs the package datasets; pip install 'esolm-megatron[data]'") from error
+    datasets = optional("datasets", address)
     if (Path(name) / "dataset_dict.json").exists():
         raise ConfigError(f"{address}: holds several saved datasets; name one: {SCHEME}{name}/{given['split']}")
     try:

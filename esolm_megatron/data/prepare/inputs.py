@@ -12,7 +12,6 @@ A piece read again gives the same documents in the same order; that is what rest
 from __future__ import annotations
 
 import gzip
-import importlib
 import json
 import zlib
 from collections.abc import Iterable, Iterator
@@ -23,7 +22,7 @@ from typing import Any
 from pydantic_core import from_json
 
 from esolm_megatron.data.prepare import hf_datasets as hub
-from esolm_megatron.errors import ConfigError
+from esolm_megatron.errors import ConfigError, optional
 
 STDIN = "-"
 LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -216,7 +215,7 @@ def _lines(piece: Piece, meter: Meter) -> Iterator[bytes]:
 
 def _unpack_zst(path: str, stored: Any) -> Iterator[bytes]:
     """Unpacked bytes of all frames; the package's own reader takes a cut file for one that has ended."""
-    zstandard = package("zstandard", path)
+    zstandard = optional("zstandard", path)
     frames = zstandard.ZstdDecompressor(max_window_size=1 << 31)
     frame, inside = frames.decompressobj(), False
     try:
@@ -247,22 +246,8 @@ def _split(chunks: Iterable[bytes]) -> Iterator[bytes]:
         yield last
 
 
-def package(name: str, path: str) -> Any:
-    """The module `name`, which reading `path` needs.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ConfigError(
-            f"{path}: needs the package {name.partition('.')[0]}; pip install 'esolm-megatron[data]'"
-        ) from error
-
-
 def _parquet(path: str) -> Any:
-    parquet = package("pyarrow.parquet", path)
+    parquet = optional("pyarrow.parquet", path)
     try:
         return parquet.ParquetFile(path)
     except ValueError as error:  # ArrowInvalid

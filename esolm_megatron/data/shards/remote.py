@@ -19,7 +19,7 @@ from contextlib import closing, suppress
 from typing import Any, TypeVar
 
 from esolm_megatron.data.shards.format import LocalTrouble, ShardMissing
-from esolm_megatron.errors import DataError
+from esolm_megatron.errors import ConfigError, DataError
 
 Result = TypeVar("Result")
 CHUNK = 1 << 20
@@ -152,7 +152,9 @@ class Remote:
         try:
             yield from _watched(self._opened(url), self.timeout_s)
         except ImportError as error:
-            raise LocalTrouble(f"{url}: {error}; install what opens it, for s3:// esolm-megatron[s3]") from error
+            if url.startswith(("s3://", "s3a://")):
+                raise ConfigError(f"{url}: needs the package s3fs; pip install 'esolm-megatron[s3]'") from error
+            raise LocalTrouble(f"{url}: {error}; install the package that opens it") from error
         except (OSError, GeneratorExit, DataError):
             raise
         except Exception as error:  # each of its backends has errors of its own

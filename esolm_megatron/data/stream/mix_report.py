@@ -12,6 +12,7 @@ from rich.table import Table
 from esolm_megatron.config import Config
 from esolm_megatron.data.stream.mixture import Phase
 from esolm_megatron.data.stream.token_stream import TokenStream
+from esolm_megatron.errors import optional
 
 _POINTS = 400
 
@@ -59,9 +60,7 @@ class Mix:
 
     def plot(self, file: str | Path) -> None:
         """Draw the shares and the epochs of each source over the run."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(8, 5), layout="constrained")
+        figure = optional("matplotlib.figure", f"plot = {str(file)!r}").Figure(figsize=(8, 5), layout="constrained")
         shares, epochs = figure.subplots(2, 1, sharex=True)
         ends = [*self.phases, self.num_steps]
         low = np.zeros(len(ends))

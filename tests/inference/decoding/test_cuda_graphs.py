@@ -90,7 +90,7 @@ def test_many_passes_have_few_sizes():
 def test_a_pass_in_bf16_through_cudas_operators():
     """At the shapes that a GPU records, with the products that it has."""
     model = random_model(**MODERN).bfloat16()
-    plans = plan_rows(range(3), 13, mask_id=model.shape.mask_id, steps=4, alpha_0=0.5)
+    plans = plan_rows(SampleRequest(3, 13, alpha_0=0.5, steps=4), model.shape.mask_id)
     plain, _ = logits_of(model, plans, 13, True)
     with cuda_operators() as calls:
         ours, _ = logits_of(model, plans, 13, True)
