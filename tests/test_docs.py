@@ -378,3 +378,13 @@ def test_the_picture_shows_what_the_code_does(tmp_path):
     assert [row[:6] for row in drawn["sequential"]["sees"][6:]] == strict
     drawing.draw(tmp_path / "again.png")
     assert (tmp_path / "again.png").stat().st_size > 50_000
+
+
+def test_names_that_pages_gave_before_the_rooms_still_import():
+    from esolm_megatron import inference, load_pretrained, sample, score
+    from esolm_megatron.data.corpus import write_corpus
+    from esolm_megatron.inference import scoring
+
+    assert (sample.Sampler, sample.sample, score.score) == (inference.Sampler, inference.sample, scoring.score)
+    assert callable(load_pretrained)
+    assert callable(write_corpus)

@@ -257,5 +257,7 @@ def test_json_holds_what_the_table_shows():
 
 
 def test_planning_does_not_import_torch():
-    code = "import sys, esolm_megatron.plan, esolm_megatron.doctor; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, esolm_megatron.plan, esolm_megatron.doctor, esolm_megatron.cli; sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -20,13 +20,18 @@ from esolm_megatron.errors import optional
 from esolm_megatron.inference.request import SamplingParams
 
 
-class SampleOptions(Placed, SamplingParams):
-    """Fields of `esolm sample`."""
+class Texts(Placed):
+    """How many texts are written, and how long they are."""
 
     num_samples: int = Field(4, ge=1)
     """Texts to generate."""
     length: int | None = Field(None, ge=1)
     """Tokens in each; null means the trained length, or that of `infill`."""
+
+
+class SampleOptions(SamplingParams, Texts):
+    """Fields of `esolm sample`."""
+
     prompt: str | None = None
     """Text that each sample starts with."""
     infill: str | None = None

@@ -55,7 +55,7 @@ class Gate:
         setattr(self._owner, self._name, self._judged)
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: object) -> None:
         setattr(self._owner, self._name, self._original)
         if error is not None or self.asked:
             return

@@ -21,7 +21,7 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from esolm_megatron.data.prepare import hf_datasets as hub
+from esolm_megatron.data.prepare import hf_datasets
 from esolm_megatron.errors import ConfigError, optional
 
 STDIN = "-"
@@ -67,7 +67,7 @@ def find_inputs(inputs: Iterable[str]) -> dict[str, int]:
         path = Path(name)
         if name == STDIN:
             continue
-        if name.startswith(hub.SCHEME):
+        if name.startswith(hf_datasets.SCHEME):
             found.setdefault(name, number)
         elif path.is_file() and not name.endswith(SUFFIXES):
             problems.append(f"inputs.{number} = {name!r}: must end in one of {', '.join(SUFFIXES)}")
@@ -98,8 +98,8 @@ def check_input(path: str, text_field: str) -> None:
     """
     fields: dict[str, bool] = {text_field: True}
     try:
-        if path.startswith(hub.SCHEME):
-            fields = hub.text_fields(path)
+        if path.startswith(hf_datasets.SCHEME):
+            fields = hf_datasets.text_fields(path)
         elif path.endswith(".parquet"):
             fields = {name: "string" in str(kind) for name, kind in _parquet_schema(path)}
         elif path.endswith(LINES):
@@ -134,8 +134,8 @@ def cut(path: str | Path, piece_bytes: int, text_field: str = "text", entry: int
         OSError, ConfigError: it cannot be opened.
     """
     path = str(path)
-    if path.startswith(hub.SCHEME):
-        return [Piece(path, start, stop, size, entry) for start, stop, size in hub.cut(path, piece_bytes)]
+    if path.startswith(hf_datasets.SCHEME):
+        return [Piece(path, start, stop, size, entry) for start, stop, size in hf_datasets.cut(path, piece_bytes)]
     if path.endswith(".parquet"):
         return _cut_parquet(path, piece_bytes, text_field, entry)
     size = Path(path).stat().st_size
@@ -155,8 +155,8 @@ def read_documents(piece: Piece, text_field: str, meter: Meter | None = None) ->
         for line in _lines(piece, meter):
             if not line.isspace():
                 yield _parse_line(line, text_field)
-    elif piece.path.startswith(hub.SCHEME):
-        yield from map(_with_bytes, hub.read(piece.path, piece.start, piece.stop, text_field))
+    elif piece.path.startswith(hf_datasets.SCHEME):
+        yield from map(_with_bytes, hf_datasets.read(piece.path, piece.start, piece.stop, text_field))
     elif piece.path.endswith(".parquet"):
         yield from map(_with_bytes, _parquet_texts(piece, text_field, meter))
     else:

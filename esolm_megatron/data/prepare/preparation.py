@@ -29,8 +29,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from esolm_megatron.data.prepare import hf_datasets as hub
-from esolm_megatron.data.prepare import tasks
+from esolm_megatron.data.prepare import hf_datasets, tasks
 from esolm_megatron.data.prepare.inputs import STDIN, Piece, check_input, cut, find_inputs
 from esolm_megatron.data.prepare.prepare_config import PrepareConfig, checked, load_prepare_config
 from esolm_megatron.data.prepare.tasks import REASONS, Advance, Rules, Task
@@ -88,7 +87,8 @@ def prepare(config: PrepareConfig, progress: bool = True, stdin: BinaryIO | None
     with _claimed(folder), _space(folder):
         old = _begun(folder)
         spooled = _spool(config, folder, old, stdin or sys.stdin.buffer) if STDIN in config.inputs else None
-        pinned = old.get("pinned") or {a: hub.pinned(a) for a in find_inputs(config.inputs) if a.startswith(hub.SCHEME)}
+        streamed = [name for name in find_inputs(config.inputs) if name.startswith(hf_datasets.SCHEME)]
+        pinned = old.get("pinned") or {name: hf_datasets.pinned(name) for name in streamed}
         work = _tasks(config, pinned, folder)
         identity = {**_identity(config, tokenizer.fingerprint, work), "stdin": spooled, "pinned": pinned}
         _check_identity(folder, old, identity)
@@ -227,7 +227,7 @@ def _identity(config: PrepareConfig, fingerprint: str, work: list[Task]) -> dict
     skipped = {"inputs", "output", "tokenizer", "num_processes"}
     tree = {name: value for name, value in config.model_dump(mode="json").items() if name not in skipped}
     named = [p for task in work for p in task.pieces if config.inputs[p.entry] != STDIN]
-    pieces = [[p.path if p.path.startswith(hub.SCHEME) else Path(p.path).name, p.start, p.stop] for p in named]
+    pieces = [[p.path if p.path.startswith(hf_datasets.SCHEME) else Path(p.path).name, p.start, p.stop] for p in named]
     digest = hashlib.sha256(json.dumps(pieces).encode()).hexdigest()[:16]
     inputs = f"{len({p.path for p in named})} files, {sum(p.bytes for p in named)} bytes, digest {digest}"
     fixed = {"format_version": FORMAT_VERSION, "document_hash": tasks.DOCUMENT_HASH}
@@ -289,10 +289,10 @@ def _bar(visible: bool) -> Iterator[Callable[[str, list[Task]], Advance]]:
 
 def _source_name(entry: str) -> str:
     """An entry of `inputs` without the folders of this machine."""
-    if not entry.startswith(hub.SCHEME):
+    if not entry.startswith(hf_datasets.SCHEME):
         return Path(entry).name
-    name = hub.parse(entry)[0]
-    return hub.SCHEME + (Path(name).name if Path(name).exists() else name)
+    name = hf_datasets.parse(entry)[0]
+    return hf_datasets.SCHEME + (Path(name).name if Path(name).exists() else name)
 
 
 def _finish(config: PrepareConfig, folder: Path, encoder: Encoder, work: list[Task]) -> None:

@@ -1,4 +1,4 @@
-"""The writing half of the format of prepared tokens, which shards.py tells: files that appear whole, shards, blocks.
+"""The writing half of the format of prepared tokens, which format.py tells: files that appear whole, shards, blocks.
 
 The processes of `prepare` need no more than this; it reads nothing and checks nothing, so it costs little to import.
 """

@@ -10,7 +10,7 @@ import zstandard
 from pyarrow import parquet
 
 from esolm_megatron.config import ConfigError
-from esolm_megatron.data.prepare import hf_datasets as hub
+from esolm_megatron.data.prepare import hf_datasets
 from esolm_megatron.data.prepare.inputs import Meter, _parse_line, _split, check_input, cut, find_inputs, read_documents
 
 
@@ -40,7 +40,7 @@ def test_find_inputs(tmp_path):
 @pytest.fixture(autouse=True)
 def _forget_datasets():
     """Names of these tests are relative to the present folder, which is another one in each."""
-    hub._opened.cache_clear()
+    hf_datasets._opened.cache_clear()
 
 
 TEXTS = [f"{n} été 東京 " + "x" * (n * 37 % 211) for n in range(700)]

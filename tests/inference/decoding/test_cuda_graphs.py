@@ -8,7 +8,7 @@ from parity import MODERN, random_model
 from test_sampler import close
 
 from esolm_megatron.inference import SampleRequest
-from esolm_megatron.inference.decoding import cuda_graphs as recorded
+from esolm_megatron.inference.decoding import cuda_graphs
 from esolm_megatron.inference.decoding.cuda_graphs import Size
 from esolm_megatron.inference.decoding.decoder import Decoder
 from esolm_megatron.inference.decoding.scheduler import plan_rows
@@ -66,7 +66,7 @@ def test_fixed_shapes_change_no_logit(shape, options):
 
 def test_large_passes_are_left_as_they_are(monkeypatch):
     model = random_model()
-    monkeypatch.setattr(recorded, "MOST_TOKENS", 8)
+    monkeypatch.setattr(cuda_graphs, "MOST_TOKENS", 8)
     plans = plan_rows(SampleRequest(4, 13, alpha_0=0.5, steps=1), model.shape.mask_id)
     ragged, _ = logits_of(model, plans, 13, False)
     fixed, decoder = logits_of(model, plans, 13, True)

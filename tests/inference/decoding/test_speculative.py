@@ -8,7 +8,7 @@ from parity import random_model
 from test_sampler import chi_square_is_fine, close
 
 from esolm_megatron.inference import sample
-from esolm_megatron.inference.decoding import speculative as verified
+from esolm_megatron.inference.decoding import speculative
 from esolm_megatron.objective.likelihood import log_likelihood
 
 ORDER = torch.tensor([2, 0, 3, 1])
@@ -45,7 +45,7 @@ def test_with_a_prompt_temperature_and_nucleus():
 @pytest.mark.parametrize("passes", [1, 2])
 def test_the_test_finds_proposals_that_are_kept_unverified(monkeypatch, passes):
     model, p = toy()
-    monkeypatch.setattr(verified, "accept", lambda p, q, chance: True)
+    monkeypatch.setattr(speculative, "accept", lambda p, q, chance: True)
     with pytest.raises(AssertionError, match="degrees of freedom"):
         chi_square_is_fine(counts_of(sample(model, 2000, 4, **OPTIONS, propose=4, passes=passes, seed=1)), p)
 
