@@ -47,13 +47,31 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer, fast: Any, engine: Any):
         """`fast` is None where only `engine`, of the tokenizers library, is sure to be right."""
         self.fingerprint, self.vocab_size, self.eos_id = tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eos_id
-        self.fast = fast
+        self.fast, self._definition = fast, tokenizer.canonical
         self._engine: Any = None if fast is not None else engine
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text as a uint32 array."""
-        if self.fast is not None:
+        if self.fast is None:
+            return self._slowly(texts)
+        try:
             return [self.fast.encode_to_numpy(text, disallowed_special=()) for text in texts]
+        except ValueError:  # tiktoken's pattern has a bound: a million blanks in a row are beyond it
+            return [self._either_way(text) for text in texts]
+
+    def _either_way(self, text: str) -> np.ndarray:
+        try:
+            return self.fast.encode_to_numpy(text, disallowed_special=())
+        except ValueError:
+            return self._slowly([text])[0]
+
+    def _slowly(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if (
+            self._engine is None
+        ):  # dropped as long as nothing wants it: each full collection of garbage looks through it
+            from tokenizers import Tokenizer as Engine
+
+            self._engine = Engine.from_str(self._definition.decode())
         self._engine.encode_special_tokens = True  # which is lost when the library's tokenizer is sent
         encodings = self._engine.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(encoding.ids, np.uint32) for encoding in encodings]
@@ -64,8 +82,8 @@ class Tokenizer:
 
     `vocab_size` counts the tokens without the mask; `vocab_size` itself is the mask's id. `eos_id`, whose text is
     `end_of_text`, ends each document.
-    `fingerprint` is the sha256 of the definition, and of the end-of-text token unless that is <|endoftext|>. Text is only
-    ever text: a document that spells out a special token does not get its id.
+    `canonical` is the definition as JSON in a fixed form; `fingerprint` is the sha256 of it, and of the end-of-text token unless
+    that is <|endoftext|>. Text is only ever text: a document that spells out a special token does not get its id.
     """
 
     def __init__(self, definition: dict[str, Any], source: str, end_of_text: str = EOS):
@@ -74,9 +92,9 @@ class Tokenizer:
 
         self._definition = {**definition, "truncation": None, "padding": None}
         canonical = json.dumps(self._definition, sort_keys=True, separators=(",", ":"))
-        self._canonical = canonical.encode()
+        self.canonical = canonical.encode()
         named = "" if end_of_text == EOS else f"\n{end_of_text}"
-        self.fingerprint: str = hashlib.sha256(self._canonical + named.encode()).hexdigest()
+        self.fingerprint: str = hashlib.sha256(self.canonical + named.encode()).hexdigest()
         try:
             self._engine = Engine.from_str(canonical)
         except Exception as error:  # the library raises plain Exception
@@ -133,7 +151,7 @@ class Tokenizer:
         """Path of the tokenizer.json written into `folder`; loading it gives the same fingerprint."""
         path = Path(folder) / "tokenizer.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(self._canonical + b"\n")
+        path.write_bytes(self.canonical + b"\n")
         if self.end_of_text != EOS:
             names = json.dumps({"eos_token": self.end_of_text}, ensure_ascii=False)
             path.with_name("tokenizer_config.json").write_text(names + "\n", encoding="utf-8")

@@ -181,4 +181,6 @@ class _ChunkedLoss(torch.autograd.Function):
             grad - factor * counts
         ).norm() > 1e-3 * grad.norm()  # false for NaN: bad steps are the guard's business
         torch._assert_async(~apart, "what is differentiated is no multiple of sum(counts * losses)")
-        return *(None if x is None else x * factor.to(x.dtype) for x in gradients), None, None
+        # in the wide type: rounded to 16 bits, a factor of 257 data ranks would be 256
+        scaled = (None if x is None else (x.to(counts.dtype) * factor).to(x.dtype) for x in gradients)
+        return *scaled, None, None

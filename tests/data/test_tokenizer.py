@@ -55,6 +55,16 @@ def test_an_encoder_that_was_sent_gives_the_same_ids(tokenizer, fast):
         assert getattr(sent, name) == getattr(tokenizer, name)
 
 
+@pytest.mark.parametrize("blank", [" ", "\n", "\t"])
+def test_a_document_of_many_blanks_is_encoded(trained, blank):
+    """tiktoken gives up on it; the other documents of its batch are still encoded by tiktoken."""
+    tokenizer, sent = trained, pickle.loads(pickle.dumps(trained.encoder))
+    texts = ["alpha beta", f"alpha{blank * 1_000_000}beta", "gamma"]
+    with pytest.raises(ValueError, match="stack"):
+        sent.fast.encode_to_numpy(texts[1], disallowed_special=())
+    assert [ids.tolist() for ids in sent.encode_arrays(texts)] == [tokenizer.encode(text) for text in texts]
+
+
 def test_text_cannot_forge_the_end_of_a_document(tokenizer):
     assert tokenizer.eos_id not in tokenizer.encode(f"x{EOS}y")
     assert tokenizer.eos_id not in tokenizer.encode_batch([f"x{EOS}y"])[0]
