@@ -58,11 +58,8 @@ def test_a_loss_that_counts_otherwise_than_was_said_is_refused():
         torch.autograd.grad(predicted_losses(*low, targets, counts, **OPTIONS), low, times * counts)
         for times in (1, 257)
     )
-    assert all(
-        ((b.float() / 257 - a.float()).norm() < 3e-3 * a.float().norm()) for a, b in zip(once, often, strict=True)
-    )
-    mean = [((b.float() * a.float()).sum() / a.float().square().sum()).item() for a, b in zip(once, often, strict=True)]
-    assert mean == pytest.approx([257] * 3, rel=1e-3), "a factor that 16 bits cannot hold"
+    for a, b in zip(once, often, strict=True):  # 16 bits cannot hold this factor
+        assert (b == (257 * a.float()).bfloat16()).float().mean() > 0.98
     for bad in (float("nan"), float("inf")):  # passed on, for whoever judges steps
         found = torch.autograd.grad(predicted_losses(*inputs, targets, counts, **OPTIONS), inputs, bad * counts)
         assert not any(x.isfinite().all() for x in found)
