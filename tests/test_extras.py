@@ -143,7 +143,8 @@ def base(request, tmp_path_factory):
     (wheel,) = folder.glob("esolm_megatron-*.whl")
     python = new_environment(request.param, folder / "venv")
     installed(python, TORCH)
-    return python, wheel
+    yield python, wheel
+    shutil.rmtree(folder)  # gigabytes, which pytest would keep for three runs
 
 
 def new_environment(python, folder):
@@ -282,8 +283,9 @@ class Place:
 @pytest.mark.end_to_end
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("extra", [extra for extra in PROMISED if extra != "dev"], ids=lambda extra: extra or "none")
-def test_an_environment_with_this_extra_alone_keeps_its_promises(base, material, tmp_path, extra):
+def test_an_environment_with_this_extra_alone_keeps_its_promises(base, material, tmp_path, extra, request):
     python, wheel = base
+    request.addfinalizer(lambda: shutil.rmtree(tmp_path / "venv"))
     own = new_environment(python.resolve(), tmp_path / "venv")
     shutil.copytree(packages_of(python), packages_of(own), dirs_exist_ok=True, copy_function=os.link)
     installed(own, f"{wheel}[{extra}]" if extra else wheel)
