@@ -20,6 +20,16 @@ class DataError(UserError, RuntimeError):
     """Prepared data that cannot be used."""
 
 
+MOST_SHOWN = 200
+"""Characters of a value that a message repeats."""
+
+
+def shown(value: object) -> str:
+    """`value` as a message repeats it."""
+    text = repr(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}... ({len(text):,} characters)"
+
+
 EXTRAS = {
     "train": ("deepspeed", "megatron", "wandb"),
     "data": ("datasets", "matplotlib", "pyarrow", "zstandard"),

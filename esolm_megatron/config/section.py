@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from esolm_megatron.config.yaml_text import shown
+from esolm_megatron.errors import shown
 
 
 class Section(BaseModel):

@@ -18,8 +18,8 @@ from pydantic import BaseModel, Field, ValidationError
 from esolm_megatron.config.layouts import layout_problems, world_problems  # noqa: F401 - callers of a Config ask here
 from esolm_megatron.config.section import Section, field_problems, nearest
 from esolm_megatron.config.sections import DataConfig, GuardConfig, WatchdogConfig, data_problems
-from esolm_megatron.config.yaml_text import read_mapping, shown, value_of
-from esolm_megatron.errors import ConfigError, UserError  # noqa: F401 - callers of a Config look for both here
+from esolm_megatron.config.yaml_text import read_mapping, value_of
+from esolm_megatron.errors import ConfigError, UserError, shown  # noqa: F401 - callers of a Config look for both here
 
 
 class ModelConfig(Section):

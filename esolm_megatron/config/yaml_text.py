@@ -11,18 +11,10 @@ import yaml
 from pydantic import BaseModel
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from esolm_megatron.errors import ConfigError
+from esolm_megatron.errors import ConfigError, shown
 
-MOST_SHOWN = 200
-"""Characters of a value that a message repeats."""
 MOST_EXPANDED = 1 << 20
 """Characters that a document may have once its aliases are written out."""
-
-
-def shown(value: object) -> str:
-    """`value` as a message repeats it."""
-    text = repr(value)
-    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}... ({len(text):,} characters)"
 
 
 def parse(text: str, name: str) -> Any:

@@ -11,7 +11,8 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from esolm_megatron.config import ConfigError, Section
-from esolm_megatron.config.yaml_text import read_mapping, shown
+from esolm_megatron.config.yaml_text import read_mapping
+from esolm_megatron.errors import shown
 
 
 class ClusterConfig(Section):

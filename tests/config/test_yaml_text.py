@@ -5,8 +5,9 @@ import pytest
 from esolm_megatron.commands import options
 from esolm_megatron.commands.generate import SampleOptions
 from esolm_megatron.config import ConfigError, check, load
-from esolm_megatron.config.yaml_text import parse, shown, value_of
+from esolm_megatron.config.yaml_text import parse, value_of
 from esolm_megatron.data.prepare.prepare_config import PrepareConfig, load_prepare_config
+from esolm_megatron.errors import shown
 from esolm_megatron.launch.site import load_cluster
 
 RUN = "name: x\nmodel: {num_layers: 1, hidden_size: 8, num_heads: 2, seq_length: 8, vocab_size: 11}\nobjective: {alpha_0: 1}\n"
