@@ -41,6 +41,19 @@ def wide_product(x: Tensor, matrix: Tensor) -> Tensor:
     return x.float() @ matrix.float()
 
 
+class Chunk(NamedTuple):
+    """Some rows of logits, between the products of the loss.
+
+    logits (m, V') fp32 or fp64, which may be overwritten; bias (V',), not yet added; from `num_ids` on nothing is predicted;
+    local (m,) int64, the target's place in the row.
+    """
+
+    logits: Tensor
+    bias: Tensor | None
+    num_ids: int
+    local: Tensor
+
+
 def add_product(out: Tensor, x: Tensor, matrix: Tensor) -> None:
     """out += x @ matrix, in the product itself; `out` as `wide_product` makes it."""
     if x.dtype not in LOW:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from esolm_megatron.model.kernels import LOW, add_product, on_gpu, wide_product
+from esolm_megatron.model.kernels import LOW, Chunk, add_product, on_gpu, wide_product
 from esolm_megatron.model.size import LOGITS_PER_CHUNK
 
 OverRanks = Callable[[Tensor, Literal["max", "sum"]], Tensor]
@@ -54,27 +54,12 @@ def predicted_losses(
 
 
 class Elementwise(Protocol):
-    """What happens to a chunk's logits between products; `top_and_sum` is called first, with the same logits.
+    """What happens to a chunk's logits between products; `top_and_sum` is called first, with the same chunk."""
 
-    logits (m, V') fp32 or fp64, which may be overwritten; bias (V',); local (m,) int64, the target's place in the row.
-    """
-
-    def top_and_sum(
-        self, logits: Tensor, bias: Tensor | None, num_ids: int, local: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def top_and_sum(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
         """(m,) each: the greatest of the first `num_ids` logits, the sum of exp(logit - it), the target's logit."""
 
-    def gradient(
-        self,
-        logits: Tensor,
-        bias: Tensor | None,
-        num_ids: int,
-        local: Tensor,
-        top: Tensor,
-        scale: Tensor,
-        minus: Tensor,
-        dtype: torch.dtype,
-    ) -> Tensor:
+    def gradient(self, chunk: Chunk, top: Tensor, scale: Tensor, minus: Tensor, dtype: torch.dtype) -> Tensor:
         """(m, V') of `dtype`: exp(logit - top) scale, less `minus` at the target; 0 from `num_ids` on."""
 
 
@@ -82,7 +67,8 @@ class _Plain:
     """By torch's operators. Between the calls the logits hold exp(logit - top)."""
 
     @staticmethod
-    def top_and_sum(logits: Tensor, bias: Tensor | None, num_ids: int, local: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def top_and_sum(chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
+        logits, bias, num_ids, local = chunk
         if bias is not None:
             logits += bias.to(logits.dtype)
         logits[:, num_ids:] = float("-inf")
@@ -91,18 +77,9 @@ class _Plain:
         return top, logits.sub_(top[:, None]).exp_().sum(-1), hit
 
     @staticmethod
-    def gradient(
-        logits: Tensor,
-        bias: Tensor | None,
-        num_ids: int,
-        local: Tensor,
-        top: Tensor,
-        scale: Tensor,
-        minus: Tensor,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        logits.mul_(scale[:, None])
-        return logits.scatter_add_(1, local[:, None], -minus[:, None]).to(dtype)
+    def gradient(chunk: Chunk, top: Tensor, scale: Tensor, minus: Tensor, dtype: torch.dtype) -> Tensor:
+        chunk.logits.mul_(scale[:, None])
+        return chunk.logits.scatter_add_(1, chunk.local[:, None], -minus[:, None]).to(dtype)
 
 
 def elementwise(logits: Tensor) -> Elementwise:
@@ -135,8 +112,9 @@ class _Chunks:
         for at in range(0, len(x), self.rows):
             some = slice(at, at + self.rows)
             logits = wide_product(x[some], weight.t()) if low else F.linear(x[some], weight)
-            work, local, inside = elementwise(logits), self.local[some], self.inside[some]
-            top, total, hit = work.top_and_sum(logits, bias, self.num_ids, local)
+            work, inside = elementwise(logits), self.inside[some]
+            part = Chunk(logits, bias, self.num_ids, self.local[some])
+            top, total, hit = work.top_and_sum(part)
             highest = self.over_ranks(top.clone(), "max")
             share = torch.exp(top - highest)
             total, hit = self.over_ranks(torch.stack([total * share, torch.where(inside, hit, 0)]), "sum")
@@ -144,8 +122,8 @@ class _Chunks:
             if counts is None or dx is None:
                 continue
             scale, minus = counts[some] * share / total, counts[some] * inside
-            d_logits = work.gradient(logits, bias, self.num_ids, local, top, scale, minus, x.dtype)
-            del logits
+            d_logits = work.gradient(part, top, scale, minus, x.dtype)
+            del logits, part
             torch.mm(d_logits, weight, out=dx[some])
             if db is not None:
                 db += d_logits.sum(0, dtype=wide)

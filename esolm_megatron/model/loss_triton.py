@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from esolm_megatron.model.kernels import Chunk
+
 BLOCK = 4096
 
 
@@ -71,8 +73,9 @@ class Fused:
     """`Elementwise` by these kernels; the logits stay as they are."""
 
     @staticmethod
-    def top_and_sum(logits: Tensor, bias: Tensor | None, num_ids: int, local: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def top_and_sum(chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
         """One kernel, a row each program."""
+        logits, bias, num_ids, local = chunk
         top, total, hit = (torch.empty(len(logits), dtype=torch.float32, device=logits.device) for _ in range(3))
         _top_and_sum[(len(logits),)](
             logits, bias, local, top, total, hit, logits.stride(0), num_ids, HAS_BIAS=bias is not None, BLOCK=BLOCK,
@@ -81,17 +84,9 @@ class Fused:
         return top, total, hit
 
     @staticmethod
-    def gradient(
-        logits: Tensor,
-        bias: Tensor | None,
-        num_ids: int,
-        local: Tensor,
-        top: Tensor,
-        scale: Tensor,
-        minus: Tensor,
-        dtype: torch.dtype,
-    ) -> Tensor:
+    def gradient(chunk: Chunk, top: Tensor, scale: Tensor, minus: Tensor, dtype: torch.dtype) -> Tensor:
         """One kernel, a block of a row each program."""
+        logits, bias, num_ids, local = chunk
         rows, width = logits.shape
         out = torch.empty(rows, width, dtype=dtype, device=logits.device)
         _gradient[(rows, triton.cdiv(width, BLOCK))](

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from esolm_megatron.model import loss
+from esolm_megatron.model.kernels import Chunk
 from esolm_megatron.model.loss import predicted_losses
 
 OPTIONS = {"first_id": 0, "num_ids": 46, "over_ranks": lambda x, how: x}
@@ -126,9 +127,9 @@ def test_tritons_passes_are_the_plain_ones(monkeypatch, bias, num_ids, dtype):
     found = {}
     for name, work in (("plain", loss._Plain()), ("triton", loss_triton.Fused())):
         given = logits.clone()
-        top, total, hit = work.top_and_sum(given, vector, num_ids, local)
+        top, total, hit = work.top_and_sum(Chunk(given, vector, num_ids, local))
         shown = torch.where(local < num_ids, hit, 0)  # of others nobody asks
-        gradient = work.gradient(given, vector, num_ids, local, top, scale, minus * (local < num_ids), dtype)
+        gradient = work.gradient(Chunk(given, vector, num_ids, local), top, scale, minus * (local < num_ids), dtype)
         found[name] = (top, total, shown, gradient)
     for a, b in zip(found["plain"], found["triton"], strict=True):
         assert a.dtype == b.dtype
