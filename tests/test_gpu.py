@@ -12,6 +12,7 @@ from esolm_megatron.inference.sampler import schedule_log_probs
 from esolm_megatron.model import flash, kernels
 from esolm_megatron.model.attention import PackedAttention, PackedLayout, mask_stream_attention
 from esolm_megatron.model.layers import PlainLinears
+from esolm_megatron.model.loss import predicted_losses
 from esolm_megatron.model.transformer import EsoLM
 from esolm_megatron.objective.esolm import part_sums
 
@@ -58,6 +59,24 @@ def test_what_is_fastest_for_a_call_is_found_and_right(tmp_path, monkeypatch):
 
     for a, b in zip(results("cuda", torch.bfloat16), results("cpu", torch.float32), strict=True):
         assert (a - b).norm() < 0.01 * b.norm()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_loss_of_several_chunks_is_that_of_the_cpu(bias):
+    """Triton's kernels, and a weight gradient that the product itself adds up; counts known beforehand."""
+    generator = torch.Generator().manual_seed(2)
+    shapes = [(300, 64), (1024, 64), *([(1024,)] if bias else [])]
+    exact = [torch.randn(shape, generator=generator).bfloat16().float().requires_grad_() for shape in shapes]
+    rounded = [x.detach().cuda().bfloat16().requires_grad_() for x in exact]
+    targets, counts = torch.randint(0, 1001, (300,), generator=generator), torch.rand(300, generator=generator)
+    options = {"first_id": 0, "num_ids": 1001, "over_ranks": lambda x, how: x, "chunk": 64 * 1024}
+    none = [] if bias else [None]
+    truth = predicted_losses(*exact, *none, targets, counts, **options)
+    ours = predicted_losses(*rounded, *none, targets.cuda(), counts.cuda(), **options)
+    torch.testing.assert_close(ours.cpu(), truth, rtol=1e-4, atol=1e-4)
+    theirs = torch.autograd.grad(truth, exact, counts)
+    for a, b in zip(torch.autograd.grad(ours, rounded, counts.cuda()), theirs, strict=True):
+        assert (a.float().cpu() - b).norm() < 0.01 * b.norm()
 
 
 @pytest.mark.parametrize("alpha_0", [0.0, 0.25, 1.0])
