@@ -132,6 +132,7 @@ class PlainLinears:
     """Linears of one device, for inference and as the truth that split ones are compared with."""
 
     tensor_size, tensor_rank, sequence_parallel = 1, 0, False
+    linear: type[nn.Linear] = PlainLinear
 
     def __init__(
         self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", *, pad_vocab: bool = False
@@ -149,7 +150,7 @@ class PlainLinears:
         return self._linear(in_features, out_features, bias, Split(1), Split())
 
     def _linear(self, in_features: int, out_features: int, bias: bool, weight: Split, vector: Split) -> nn.Module:
-        layer = nn.utils.skip_init(PlainLinear, in_features, out_features, bias=bias, **self.options)
+        layer = nn.utils.skip_init(self.linear, in_features, out_features, bias=bias, **self.options)
         mark(layer.weight, weight)
         if bias:
             mark(layer.bias, vector)

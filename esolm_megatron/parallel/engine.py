@@ -19,7 +19,7 @@ from esolm_megatron.model import flash, kernels
 from esolm_megatron.model.layers import split_of
 from esolm_megatron.model.size import run_capacity
 from esolm_megatron.objective.esolm import Noised, OrderedRows, PackedBatch, mean_loss, micro_batch_layout, pack
-from esolm_megatron.parallel import groups, pipeline, replicas, zero
+from esolm_megatron.parallel import groups, main_grad, pipeline, replicas, zero
 from esolm_megatron.parallel.context import own_share
 from esolm_megatron.parallel.gate import Gate
 from esolm_megatron.parallel.megatron_layers import megatron_config
@@ -59,6 +59,7 @@ class Engine:
         self.chunks = pipeline.build_chunks(config, megatron, self.topology, self.device)
         self.owned = zero.owned_parameters(config, self.chunks, self.topology)
         self.deepspeed = zero.build(config, self.chunks, self.owned)
+        main_grad.attach(self.chunks, self.deepspeed.optimizer)
         self.work = Stopwatch(self.device)
         self.state = ZeroState(self.deepspeed, self.owned, self.topology, config.optim.ema_decay)
         self._own_loss = torch.zeros((), dtype=torch.float64, device=self.device)

@@ -13,11 +13,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from esolm_megatron.config import Config
-from esolm_megatron.model.layers import Linears, PlainLinears
+from esolm_megatron.model.layers import Linears
 from esolm_megatron.model.size import layers_of_stages
 from esolm_megatron.model.transformer import EsoLM, initialise
 from esolm_megatron.objective.esolm import PackedBatch, mean_loss, part_sums, token_counts
 from esolm_megatron.parallel.context import ContextAttention, ContextLastBlock
+from esolm_megatron.parallel.main_grad import AccumulatingLinears
 from esolm_megatron.parallel.megatron_layers import DTYPES, MegatronLinears
 from esolm_megatron.topology import Topology, layers_of_chunk
 
@@ -29,7 +30,7 @@ def build_chunks(config: Config, megatron: TransformerConfig, topology: Topology
     # ZeRO 3 fetches weights around calls of modules, and megatron-core's layers are not one graph
     apart = topology.tensor_size > 1 or config.parallel.zero_stage == 3
     if compiled and not apart:
-        linears = PlainLinears(DTYPES[config.train.precision], device, pad_vocab=True)
+        linears = AccumulatingLinears(DTYPES[config.train.precision], device, pad_vocab=True)
     num_stages, num_chunks = topology.pipeline_size, config.parallel.virtual_pipeline_size
     stages = layers_of_stages(config)
     chunks = []

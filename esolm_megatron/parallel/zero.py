@@ -113,11 +113,28 @@ def build(config: Config, chunks: Sequence[EsoLM], owned: Sequence[Owned]) -> An
         mpu=ModelParallelUnit() if stage else LoneUnit(),
         dist_init_required=False,
     )
+    if isinstance(engine.optimizer, bf16_optimizer.BF16_Optimizer):
+        _take_few_passes(engine.optimizer)
     if stage >= 2 and config.parallel.tensor_size > 1:
         for owned_parameter in owned:
             if split_of(owned_parameter.parameter).partial_grad:
                 owned_parameter.parameter.register_hook(_summed_over_tensor_ranks)
     return engine
+
+
+def _take_few_passes(optimizer: bf16_optimizer.BF16_Optimizer) -> None:
+    """Norm and clipping without a launch for each parameter; DeepSpeed also clips what only other ranks update."""
+    all_gradients = optimizer.get_grads_for_norm
+    own = optimizer.fp32_groups_gradient_flat_partition
+    optimizer.get_grads_for_norm = lambda for_clipping=False: own if for_clipping else all_gradients()
+    bf16_optimizer.get_global_norm_of_tensors = _global_norm
+
+
+def _global_norm(input_tensors: Sequence[Tensor], mpu: Any, norm_type: float = 2.0) -> Tensor:
+    """What DeepSpeed's function of this name gives, -1 for a norm that is not finite included."""
+    squares = torch.stack(torch._foreach_norm(list(input_tensors))).square().sum()
+    dist.all_reduce(squares, group=mpu.get_model_parallel_group())
+    return torch.where(squares.isfinite(), squares.sqrt(), -1.0)
 
 
 def _summed_over_tensor_ranks(gradient: Tensor) -> Tensor:

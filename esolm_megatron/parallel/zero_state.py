@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from deepspeed.runtime import bf16_optimizer
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 
 from esolm_megatron.checkpoint import Piece
 from esolm_megatron.model.layers import Box, boxes, split_of, whole_shape
+from esolm_megatron.parallel.main_grad import fp32_gradients, missing_gradients
 from esolm_megatron.parallel.zero import Owned
 from esolm_megatron.topology import Topology
 
@@ -123,18 +124,17 @@ class ZeroState:
             RuntimeError: a parameter got none: its update would be lost in silence.
         """
         optimizer = self.engine.optimizer
-        if isinstance(optimizer, bf16_optimizer.BF16_Optimizer):
-            return {
-                parameter: gradient.view(parameter.shape)
-                for group, gradients in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True)
-                for parameter, gradient in zip(group, gradients, strict=True)
-            }
-        # bf16 with an offloaded optimizer adds up in an attribute of its own
-        where = "grad_accum" if getattr(optimizer, "use_grad_accum_attribute", False) else "grad"
-        missing = [o.name for o in self.owned if getattr(o.parameter, where, None) is None]
+        if isinstance(optimizer, BF16_Optimizer):
+            found = fp32_gradients(optimizer)
+            missing = missing_gradients(optimizer)
+        else:  # bf16 with an offloaded optimizer adds up in an attribute of its own
+            where = "grad_accum" if getattr(optimizer, "use_grad_accum_attribute", False) else "grad"
+            found = {o.parameter: getattr(o.parameter, where, None) for o in self.owned}
+            missing = [parameter for parameter, gradient in found.items() if gradient is None]
         if missing:
-            raise RuntimeError(f"no gradient for {', '.join(missing)}")
-        return {o.parameter: getattr(o.parameter, where) for o in self.owned}
+            names = {id(o.parameter): o.name for o in self.owned}
+            raise RuntimeError(f"no gradient for {', '.join(names[id(parameter)] for parameter in missing)}")
+        return found
 
     def strayed(self) -> Iterator[str]:
         """Names of this rank's weights that are not their master weights, rounded."""
