@@ -31,7 +31,7 @@ def shown(value: object) -> str:
 
 
 EXTRAS = {
-    "train": ("deepspeed", "megatron", "wandb"),
+    "train": ("deepspeed", "megatron", "torchao", "wandb"),
     "data": ("datasets", "matplotlib", "pyarrow", "zstandard"),
     "hf": ("transformers",),
     "serve": ("fastapi", "uvicorn"),

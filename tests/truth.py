@@ -63,11 +63,12 @@ def random_documents(seed, rows, length):
     return document_numbers([np.flatnonzero(row) for row in starts], np.ones((rows, length), bool))
 
 
-def share_of_step(config, step, data_rank=0, data_size=1, num_micro_batches=None):
-    """A data rank's noised share of a global batch of random tokens."""
+def share_of_step(config, step, data_rank=0, data_size=1, num_micro_batches=None, skewed=False):
+    """A data rank's noised share of a global batch of random tokens; skewed ones have something to learn."""
     m, t = config.model, config.train
     generator = np.random.default_rng(step)
     tokens = generator.integers(0, m.mask_id, (t.global_batch_size, m.seq_length))
+    tokens = tokens**3 // m.mask_id**2 if skewed else tokens
     rows = np.arange(data_rank, t.global_batch_size, data_size)
     documents = random_documents(step, t.global_batch_size, m.seq_length)[rows]
     count = num_micro_batches or t.global_batch_size // (t.micro_batch_size * data_size)

@@ -14,7 +14,8 @@ turns. Peak memory: of a process that makes two steps of one kind; on a GPU, wha
 ours, under every option, and of the reference must agree, or nothing is compared.
 
 options, joined by +: `plain`, `recompute` (blocks computed again in backward), `compile` (blocks compiled), `graphs` (and
-replayed as CUDA graphs), `dropout` (the paper's 0.1; the network draws it, so its losses are not compared).
+replayed as CUDA graphs), `dropout` (the paper's 0.1; the network draws it, so its losses are not compared),
+`fp8` (matrices of blocks multiplied in fp8, which rounds otherwise, so neither are these).
 MFU = model FLOPs / (seconds x peak), by CPU-seconds on a CPU, where model FLOPs are `model/size.py:flops_per_token` x tokens
 of the data: what the method needs, without recomputation, spare mask places, or norms. Parts are shares of one step of
 ours by its profile. On a GPU the sizes are 124m, 1.7b and a slice of 7b with as many layers as fit, in bf16 with fp32 master
@@ -90,20 +91,22 @@ ALIKE = ("data.path=unread", "objective.diffusion_fraction=null", "optim.schedul
          "parallel.zero_stage=1", "parallel.recompute=none", "train.compile=false", "model.dropout=0")  # fmt: skip
 """What the files differ in and the benchmark does not; an option sets some of it."""
 OPTIONS = {"plain": (), "recompute": ("parallel.recompute=full",), "compile": ("train.compile=true",),
-           "graphs": ("train.compile=true", "train.cuda_graphs=true"), "dropout": ("model.dropout=0.1",)}  # fmt: skip
+           "graphs": ("train.compile=true", "train.cuda_graphs=true"), "dropout": ("model.dropout=0.1",),
+           "fp8": ("train.fp8=tensorwise",)}  # fmt: skip
 KINDS = ("ours", "reference", "ar")
 BARS = {1.0: 1.3, 0.5: 1.6, 0.25: 1.35, 0.0: 1.3}
 """Least ratio of the reference's time to ours, at the size `mid` on a CPU."""
 GPU_BARS = {
-    ("124m", 1.0, False): ("tokens_per_second", 600e3),
-    ("124m", 0.25, False): ("tokens_per_second", 400e3),
-    ("124m", 1.0, True): ("tokens_per_second", 570e3),
-    ("124m", 0.25, True): ("tokens_per_second", 380e3),
-    ("1.7b", 1.0, False): ("mfu", 0.55),
-    ("1.7b", 0.25, False): ("mfu", 0.5),
-    ("7b", 1.0, False): ("mfu", 0.55),
+    ("124m", 1.0, ""): ("tokens_per_second", 600e3),
+    ("124m", 0.25, ""): ("tokens_per_second", 400e3),
+    ("124m", 1.0, "dropout"): ("tokens_per_second", 570e3),
+    ("124m", 0.25, "dropout"): ("tokens_per_second", 380e3),
+    ("1.7b", 1.0, ""): ("mfu", 0.55),
+    ("1.7b", 0.25, ""): ("mfu", 0.5),
+    ("1.7b", 1.0, "fp8"): ("tokens_per_second", 65e3),
+    ("7b", 1.0, ""): ("mfu", 0.55),
 }
-"""(size, alpha_0, dropout) -> least tokens/s and MFU on one H200, of the best of the options."""
+"""(size, alpha_0, what changes the numbers) -> least tokens/s and MFU on one H200, of the best of the options."""
 BYTES_PER_PARAMETER = 26
 """bf16 weight and gradient, and in fp32 the gradient, master weight, two moments, and moving average, rounded up."""
 
@@ -457,10 +460,15 @@ def baseline(found: list[dict[str, Any]], row: dict[str, Any], kind: str) -> dic
     return next((r for r in same if (r["size"], r["alpha_0"]) == (row["size"], row["alpha_0"])), None)
 
 
+def other_numbers(option: str) -> str:
+    """What makes the losses of an option others than those of the reference; empty where nothing does."""
+    return next((name for name in ("dropout", "fp8") if name in option.split("+")), "")
+
+
 def differences(found: list[dict[str, Any]], device: torch.device) -> list[str]:
     """A line where losses or gradient norms of ours are not those of the reference, or of ours under another option."""
     out, most = [], (1e-5, 1e-3) if device.type == "cpu" else (2e-2, 5e-2)
-    rows = [row for row in found if "losses" in row and row["kind"] != "ar" and "dropout" not in row["option"]]
+    rows = [row for row in found if "losses" in row and row["kind"] != "ar" and not other_numbers(row["option"])]
     firsts: dict[tuple[str, float], dict[str, Any]] = {}
     for row in rows:
         first = firsts.setdefault((row["size"], row["alpha_0"]), row)
@@ -538,10 +546,10 @@ def below_bars(found: list[dict[str, Any]], device: torch.device) -> list[str]:
             if row.get("peak_mib", 0) > other.get("peak_mib", 0):
                 out.append(f"mid, alpha_0 = {alpha_0:g}: more memory than the reference's way")
         return out
-    for (size, alpha_0, dropout), (name, bar) in GPU_BARS.items():
-        cells = [r for r in ours if (r["size"], r["alpha_0"], "dropout" in r["option"]) == (size, alpha_0, dropout)]
+    for (size, alpha_0, changed), (name, bar) in GPU_BARS.items():
+        cells = [r for r in ours if (r["size"], r["alpha_0"], other_numbers(r["option"])) == (size, alpha_0, changed)]
         best = max((row[name] for row in cells if name in row), default=None)
-        where = f"{size}, alpha_0 = {alpha_0:g}{', dropout' * dropout}"
+        where = f"{size}, alpha_0 = {alpha_0:g}{changed and f', {changed}'}"
         if best is None:
             why = next((row["refused"] for row in cells if "refused" in row), "the budget was spent")
             out.append(f"{where}: {name} was not measured: {why}")
@@ -594,7 +602,7 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
     wanted = list(itertools.product(alphas, sizes, options))
     if torch.device(args.device).type == "cpu":  # turns, because a shared machine's speed varies
         return [Case(s, a, o, KINDS if o == options[0] else KINDS[:1]) for a, s, o in wanted]
-    wanted.sort(key=lambda case: (case[1], case[0], "dropout" in case[2]) not in GPU_BARS)
+    wanted.sort(key=lambda case: (case[1], case[0], other_numbers(case[2])) not in GPU_BARS)
     ours = [Case(s, a, o, KINDS[:1]) for a, s, o in wanted]
     others = [Case(s, a, "plain", (kind,)) for kind in KINDS[1:] for a, s, o in wanted if o == options[0]]
     return ours + others

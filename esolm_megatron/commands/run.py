@@ -57,6 +57,8 @@ def run_train(args: argparse.Namespace) -> int:
 
     config = load(args.path, args.overrides)
     require(("deepspeed", "megatron"), "training")
+    if config.train.fp8 != "none":
+        require(("torchao",), f"train.fp8={config.train.fp8}")
     check_run(config, int(os.environ.get("WORLD_SIZE", args.processes or 1)))
     if (args.processes or 1) > 1 and "RANK" not in os.environ:
         return _train_here(args, config.run_dir)

@@ -156,6 +156,10 @@ class TrainConfig(Section):
     """Sequences that one rank processes at once."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16 keeps fp32 master weights and accumulates gradients in fp32."""
+    fp8: Literal["none", "tensorwise", "rowwise"] = "none"
+    """Multiply the matrices of blocks in fp8 (torchao), with a scale for each tensor or each row; needs bf16."""
+    fp8_skip_blocks: int = Field(1, ge=0)
+    """First and last blocks that stay in bf16, each so many."""
     log_every_steps: int = Field(10, ge=1)
     """Steps between lines of metrics.jsonl."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -309,6 +313,24 @@ def _compile_problems(c: Any) -> Iterator[str]:
             yield f"train.cuda_graphs = true: does not go with {name} = {value}; change it, or set train.cuda_graphs=false"
 
 
+def _fp8_problems(c: Any) -> Iterator[str]:
+    m, p, t, least = c.model, c.parallel, c.train, 2 * c.train.fp8_skip_blocks + 1
+    if t.fp8 == "none":
+        return
+    if t.precision != "bf16":
+        yield f"train.fp8 = {t.fp8}: its weights are bf16; set train.precision=bf16"
+    if p.zero_stage == 3:
+        yield f"train.fp8 = {t.fp8}: ZeRO 3 takes weights away that fp8 products keep for backward; use parallel.zero_stage=1 or 2"
+    if m.num_layers < least:
+        yield f"train.fp8_skip_blocks = {t.fp8_skip_blocks}: leaves none of model.num_layers = {m.num_layers}; use fewer"
+    sizes = {"hidden_size": m.hidden_size, "ffn_hidden_size": m.ffn_size, "num_heads x head size": m.num_heads * m.head_dim,
+             "num_kv_heads x head size": m.kv_heads * m.head_dim}  # fmt: skip
+    for name, size in sizes.items():
+        cut = 1 if name == "hidden_size" else p.tensor_size
+        if size % (16 * cut):
+            yield f"model.{name} = {size}: fp8 products take multiples of 16{f' x tensor_size = {16 * cut}' if cut > 1 else ''}"
+
+
 def _schedule_problems(c: Any) -> Iterator[str]:
     o, t = c.optim, c.train
     if o.schedule == "wsd" and not 0 < o.decay_steps <= t.num_steps:
@@ -332,6 +354,7 @@ _CHECKS = (
     _objective_problems,
     _batch_problems,
     _compile_problems,
+    _fp8_problems,
     layout_problems,
     _schedule_problems,
     data_problems,

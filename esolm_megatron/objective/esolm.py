@@ -19,7 +19,7 @@ from esolm_megatron.config import Config, ObjectiveConfig
 from esolm_megatron.model.attention import DocumentRuns, PackedAttention, PackedLayout, with_tensors
 from esolm_megatron.model.last_block import LastBlock
 from esolm_megatron.objective.noise import antithetic_times, elbo_weight, uniforms, words
-from esolm_megatron.objective.order import clean_random_then_left_to_right, clean_then_masked_random, random_order
+from esolm_megatron.objective.order import clean_random_then_left_to_right, clean_then_masked_random
 
 _Rows = tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64] | None]
 """Tokens (B, L), valid (B, L), rows (B,), documents (B, L)."""
@@ -191,11 +191,6 @@ def _orders_by_diffusion(
     by_diffusion = uniforms(raw[:, length:]) < alpha_0
     order = clean_random_then_left_to_right(~by_diffusion, raw[:, :length])
     return padding_last(order, valid), by_diffusion
-
-
-def random_orders(valid: NDArray[np.bool_], rows: NDArray[np.int64], *key: int | str) -> NDArray[np.int64]:
-    """Uniformly random orders, padding last."""
-    return padding_last(random_order(_row_words(valid.shape[1], rows, *key, "random order")), valid)
 
 
 def _row_words(count: int, rows: NDArray[np.int64], *key: int | str) -> NDArray[np.uint64]:

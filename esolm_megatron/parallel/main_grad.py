@@ -3,7 +3,7 @@
 DeepSpeed's bf16 optimizer (ZeRO 0 and 1) keeps an fp32 gradient of each parameter and adds to it what backward leaves in
 bf16. Here the product that makes a matrix's gradient adds into that tensor at once: nothing is rounded to bf16, and no
 gradient is written and read once more. Embeddings, vectors and the head go DeepSpeed's way; so does all of ZeRO 2 and 3,
-which cut gradients as they come, and of offloaded optimizers.
+which cut gradients as they come, of offloaded optimizers, and what is multiplied in fp8.
 
 NVIDIA Apex's kernel does it where Apex is installed, torch's product elsewhere; megatron-core's layers call either one.
 """
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from esolm_megatron.model.kernels import add_product
 from esolm_megatron.model.layers import PlainLinear, PlainLinears
+from esolm_megatron.parallel.float8 import Product
 
 
 class _TorchProduct:
@@ -71,11 +72,15 @@ class _Product(torch.autograd.Function):
 
 
 class AccumulatingLinear(PlainLinear):
-    """nn.Linear whose weight's gradient goes into `weight.main_grad`, once it has one."""
+    """nn.Linear whose weight's gradient goes into `weight.main_grad`, once it has one; or which multiplies in fp8."""
+
+    fp8: Product | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         main_grad = getattr(self.weight, "main_grad", None)
+        if self.fp8 is not None and torch.is_grad_enabled():
+            return self.fp8(input, self.weight, self.bias)
         if main_grad is None or not torch.is_grad_enabled():
             return super().forward(input)
         return _Product.apply(input, self.weight, self.bias, main_grad)
@@ -101,7 +106,7 @@ def attach(chunks: Iterable[nn.Module], optimizer: Any) -> None:
     gradients = fp32_gradients(optimizer) if isinstance(optimizer, BF16_Optimizer) else {}
     for layer in (layer for chunk in chunks for layer in chunk.modules()):
         splits = isinstance(layer, megatron_layers.ColumnParallelLinear | megatron_layers.RowParallelLinear)
-        if gradients and (splits or isinstance(layer, AccumulatingLinear)):
+        if gradients and (splits or isinstance(layer, AccumulatingLinear)) and layer.fp8 is None:
             layer.weight.main_grad = gradients[layer.weight]
             torch._dynamo.mark_static_address(layer.weight.main_grad)  # a recorded graph may write there
             layer.gradient_accumulation_fusion = splits

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from esolm_megatron.config import Config
 from esolm_megatron.model.layers import Split, mark
+from esolm_megatron.parallel.float8 import Product
 from esolm_megatron.topology import Topology, padded_vocab
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -55,13 +56,30 @@ def megatron_config(config: Config, device: torch.device) -> TransformerConfig:
 
 
 class _Column(tp.ColumnParallelLinear):
+    fp8: Product | None = None
+
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)[0]
+        if self.fp8 is None or not torch.is_grad_enabled():
+            return super().forward(x)[0]
+        gather = (
+            tp.gather_from_sequence_parallel_region
+            if self.sequence_parallel
+            else tp.copy_to_tensor_model_parallel_region
+        )
+        return self.fp8(gather(x), self.weight, self.bias)
 
 
 class _Row(tp.RowParallelLinear):
+    fp8: Product | None = None
+
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.contiguous())[0]  # up to 0.18 the reduction skips non-contiguous input in silence
+        if self.fp8 is None or not torch.is_grad_enabled():
+            return super().forward(x.contiguous())[0]  # up to 0.18 the reduction skips non-contiguous input in silence
+        add = tp.reduce_from_tensor_model_parallel_region
+        if self.sequence_parallel:
+            add = tp.reduce_scatter_to_sequence_parallel_region
+        y = add(self.fp8(x, self.weight, None))
+        return y if self.bias is None else y + self.bias
 
 
 class MegatronLinears:

@@ -17,6 +17,7 @@ from esolm_megatron.model.layers import Linears
 from esolm_megatron.model.size import layers_of_stages
 from esolm_megatron.model.transformer import EsoLM, initialise
 from esolm_megatron.objective.esolm import PackedBatch, mean_loss, part_sums, token_counts
+from esolm_megatron.parallel import float8
 from esolm_megatron.parallel.context import ContextAttention, ContextLastBlock
 from esolm_megatron.parallel.main_grad import AccumulatingLinears
 from esolm_megatron.parallel.megatron_layers import DTYPES, MegatronLinears
@@ -44,6 +45,7 @@ def build_chunks(config: Config, megatron: TransformerConfig, topology: Topology
             recompute=config.parallel.recompute,
         )
         initialise(model, config.seed)
+        float8.attach(model, config, device.type, compiled=compiled and apart)
         if compiled:
             model.compile_blocks(cuda_graphs=config.train.cuda_graphs, apart=apart)
         # what megatron-core's schedules look up on a model
