@@ -408,7 +408,7 @@ def rows_of(case: Case, args: argparse.Namespace, peak: float) -> Iterator[dict[
             if isinstance(running[kind], Ours):
                 row |= {
                     "parts": parts_of(kernel_table(running[kind].step, device)),
-                    "kernels": running[kind].engine.kernels,
+                    "providers": running[kind].engine.providers,
                 }
             yield row | speed_of(row, config, peak)
     except torch.OutOfMemoryError as error:

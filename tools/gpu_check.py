@@ -160,7 +160,7 @@ def training_of(metrics: Path, steps: int) -> list[Row]:
         return []
     last = [line["loss"] for line in lines[-3:]]
     row: Row = {"steps": lines[-1]["step"], "first_loss": lines[0]["loss"], "last_loss": sum(last) / len(last)}
-    row["attention"] = lines[0].get("attention")
+    row["providers"] = lines[0].get("providers")
     speeds = sorted((line["tokens_per_s"], line["mfu"]) for line in lines[1:])
     if speeds:
         row["tokens_per_second"], row["mfu"] = speeds[len(speeds) // 2]

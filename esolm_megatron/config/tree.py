@@ -145,6 +145,17 @@ class OptimConfig(Section):
     """Decay of the moving average of the weights, whose weights sum to one from the first step on; 0 means none."""
 
 
+class KernelsConfig(Section):
+    """Who does a job; auto takes the fastest that is there and right. What is named and missing or wrong ends the run."""
+
+    attention: Literal["auto", "torch", "cudnn", "fa3", "fa4"] = "auto"
+    """torch's own flash attention, cuDNN's for calls of a lasting shape, or flash-attention 3 or 4 behind torch."""
+    gradients: Literal["auto", "torch", "apex", "deepspeed"] = "auto"
+    """Adding up weight gradients in fp32: in torch's or NVIDIA Apex's products, or in DeepSpeed, rounded to bf16 before."""
+    loss: Literal["auto", "torch", "triton"] = "auto"
+    """What is between the products of the loss: torch's operators or the project's Triton kernels."""
+
+
 class TrainConfig(Section):
     """How long, how large, how precise."""
 
@@ -168,6 +179,8 @@ class TrainConfig(Section):
     """Compile what blocks do beside attention (torch.compile); the first steps take longer. null: on a GPU."""
     cuda_graphs: bool = False
     """Replay what is compiled as CUDA graphs, the last block excepted: fewer launches, for memory that stays taken."""
+    kernels: KernelsConfig = KernelsConfig()
+    """Who does what on the device."""
     peak_tflops: float | None = Field(None, gt=0)
     """Peak of one device for MFU; null looks the GPU up by name, or measures a matrix product on a CPU."""
 

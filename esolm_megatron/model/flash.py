@@ -22,6 +22,7 @@ import torch
 import torch.nn.attention as registry
 from torch import Tensor
 
+from esolm_megatron.errors import UserError
 from esolm_megatron.model import kernels
 from esolm_megatron.model.attention import Calls, PackedAttention, PackedLayout
 from esolm_megatron.model.kernels import Call, Chosen, Cudnn, Kernel, TorchFlash, laid_out_as
@@ -34,29 +35,42 @@ Milliseconds = dict[str, dict[str, float]]
 """Call -> kernel -> ms of a forward and a backward pass, for those kernels that are right."""
 
 
-class KernelError(RuntimeError):
-    """No flash kernel of this GPU computes what it should."""
+class KernelError(UserError, RuntimeError):
+    """No kernel of this GPU, or not the one that was asked for, computes what it should."""
 
 
-def choose(device: torch.device) -> str:
-    """Choose the kernels of this process, and return what to call them in a log.
+def choose(device: torch.device, wanted: str = "auto") -> str:
+    """Choose the kernels of this process, and return what to call them in a log, with what else was tried.
+
+    wanted: `train.kernels.attention`.
 
     Raises:
-        KernelError: a GPU's kernels are wrong, or cannot run.
+        KernelError: a GPU's kernels are wrong, or cannot run; or those that are wanted.
     """
     if not kernels.on_gpu(torch.empty(0, device=device)):
+        if wanted not in ("auto", "torch"):
+            raise KernelError(f"train.kernels.attention = {wanted}: on a CPU attention is torch's own; set it to auto")
         return kernels.CHOSEN_ON_CPU.name
     activate: Callable[[str], None] | None = getattr(registry, "activate_flash_attention_impl", None)
-    for library in _LIBRARIES if activate is not None else ():
+    tried = []
+    for library in _LIBRARIES if wanted == "auto" else [x for x in _LIBRARIES if x == wanted.upper()]:
+        named = TorchFlash(name=f"flash-attention {library[2:]}")
         try:
-            activate(library)  # type: ignore[misc]
-            named = TorchFlash(name=f"flash-attention {library[2:]}")
-            if error_of(named, device) < MOST_ERROR:
+            if activate is None:
+                raise KernelError(f"torch {torch.__version__} puts no other library behind its operator")
+            activate(library)
+            error = error_of(named, device)
+            if error < MOST_ERROR:
                 kernels.CHOSEN = Chosen(named)
                 return named.name
-        except Exception:  # not installed, for another GPU, or without a backward pass: the next one
-            pass
-        registry.restore_flash_attention_impl(_raise_warn=False)
+            why = f"relative error {error:.3g}"
+        except Exception as problem:  # not installed, for another GPU, or without a backward pass: the next one
+            why = str(problem).partition("\n")[0]
+        tried.append(f"{named.name}: {why}")
+        if activate is not None:
+            registry.restore_flash_attention_impl(_raise_warn=False)
+    if wanted in ("fa3", "fa4"):
+        raise KernelError(f"train.kernels.attention = {wanted}: {tried[0]}")
     for kernel in (TorchFlash(), TorchFlash(shared_heads=False)):
         try:
             error = error_of(kernel, device)
@@ -65,7 +79,7 @@ def choose(device: torch.device) -> str:
             continue
         if error < MOST_ERROR:
             kernels.CHOSEN = Chosen(kernel)
-            return kernel.name
+            return "; not ".join([kernel.name, *tried])
         found = f"relative error {error:.3g}"
     raise KernelError(f"flash attention of torch {torch.__version__} on {_device_name(device)}: {found}")
 
@@ -101,13 +115,23 @@ def time_calls(
     return out
 
 
-def use(times: Milliseconds, calls: Sequence[Call], others: Sequence[Kernel] | None = None) -> list[str]:
-    """Use the fastest kernel for each call, as `time_calls` found; returns a line for each, for logs."""
+def use(
+    times: Milliseconds, calls: Sequence[Call], others: Sequence[Kernel] | None = None, wanted: str = "auto"
+) -> list[str]:
+    """Use the fastest kernel for each call, as `time_calls` found, or cuDNN's if that is wanted; returns a line for each.
+
+    Raises:
+        KernelError: cuDNN's is wanted, and is wrong, or does not take a call.
+    """
     by_name = {kernel.name: kernel for kernel in ((Cudnn(),) if others is None else others)}
     default = kernels.CHOSEN.default
     by_call, lines = {}, []
     for call, (name, found) in zip(calls, times.items(), strict=True):
-        best = min(found, key=found.__getitem__, default=default.name)
+        best = Cudnn.name if wanted == "cudnn" else min(found, key=found.__getitem__, default=default.name)
+        if best not in found and wanted == "cudnn":
+            raise KernelError(
+                f"train.kernels.attention = cudnn: {name}: it is wrong here, or does not take it; set auto"
+            )
         by_call[call] = by_name.get(best, default)
         times_shown = ", ".join(f"{kernel} {ms:.3g} ms" for kernel, ms in sorted(found.items(), key=lambda x: x[1]))
         lines.append(f"{name}: {by_call[call].name} ({times_shown})")
@@ -132,10 +156,10 @@ def error_of(kernel: Kernel, device: torch.device) -> float:
 
     with _chosen(Chosen(kernel)):
         found = results(device, torch.bfloat16)
-    return _difference(found, results(torch.device("cpu"), torch.float32))
+    return difference(found, results(torch.device("cpu"), torch.float32))
 
 
-def _difference(found: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+def difference(found: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     """The largest relative difference of pairs; infinite where there is a NaN."""
     errors = [((a - b).float().norm() / b.float().norm()).item() for a, b in zip(found, right, strict=True)]
     return float("inf") if any(map(math.isnan, errors)) else max(errors)
@@ -174,14 +198,14 @@ def _times(call: Call, dtype: torch.dtype, device: torch.device, others: Sequenc
     for kernel in (kernels.CHOSEN.default, *others):
         with _chosen(Chosen(kernel)):
             try:
-                if _difference(passes(), right) < MOST_ERROR:
-                    out[kernel.name] = _milliseconds(passes, device)
+                if difference(passes(), right) < MOST_ERROR:
+                    out[kernel.name] = milliseconds(passes, device)
             except RuntimeError as problem:  # a library that does not take this shape
                 _LOG.info("%s: %s: %s", call, kernel.name, problem)
     return out
 
 
-def _milliseconds(work: Callable[[], object], device: torch.device, times: int = 7) -> float:
+def milliseconds(work: Callable[[], object], device: torch.device, times: int = 7) -> float:
     """Median of some, after two that warm up."""
     found = []
     for number in range(times + 2):

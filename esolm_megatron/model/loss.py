@@ -82,9 +82,13 @@ class _Plain:
         return chunk.logits.scatter_add_(1, chunk.local[:, None], -minus[:, None]).to(dtype)
 
 
+WANTED = "auto"
+"""`train.kernels.loss` of this process."""
+
+
 def elementwise(logits: Tensor) -> Elementwise:
     """Triton's two passes where it is installed and the logits are a GPU's; torch's operators elsewhere."""
-    if on_gpu(logits) and logits.dtype == torch.float32:
+    if on_gpu(logits) and logits.dtype == torch.float32 and WANTED != "torch":
         try:
             from esolm_megatron.model.loss_triton import Fused
         except ImportError:  # torch for GPUs brings Triton on Linux

@@ -15,11 +15,9 @@ from torch import Tensor
 
 from esolm_megatron.checkpoint import Checkpoint, Piece
 from esolm_megatron.config import Config
-from esolm_megatron.model import flash, kernels
 from esolm_megatron.model.layers import split_of
-from esolm_megatron.model.size import run_capacity
-from esolm_megatron.objective.esolm import Noised, OrderedRows, PackedBatch, mean_loss, micro_batch_layout, pack
-from esolm_megatron.parallel import groups, main_grad, pipeline, replicas, zero
+from esolm_megatron.objective.esolm import Noised, OrderedRows, PackedBatch, mean_loss, pack
+from esolm_megatron.parallel import groups, main_grad, pipeline, providers, replicas, zero
 from esolm_megatron.parallel.context import own_share
 from esolm_megatron.parallel.gate import Gate
 from esolm_megatron.parallel.megatron_layers import megatron_config
@@ -54,32 +52,19 @@ class Engine:
         """Join the run that the environment describes, and build this rank's share from config.seed."""
         self.config = config
         self.topology, self.device = groups.start(config)
-        self.kernels = self._chosen_kernels()
+        self.providers = providers.choose(config, self.topology, self.device)
+        """Job of a step -> who does it, for logs."""
         megatron = megatron_config(config, self.device)
         self.chunks = pipeline.build_chunks(config, megatron, self.topology, self.device)
         self.owned = zero.owned_parameters(config, self.chunks, self.topology)
         self.deepspeed = zero.build(config, self.chunks, self.owned)
-        main_grad.attach(self.chunks, self.deepspeed.optimizer)
+        if config.train.kernels.gradients != "deepspeed":
+            main_grad.attach(self.chunks, self.deepspeed.optimizer)
         self.work = Stopwatch(self.device)
         self.state = ZeroState(self.deepspeed, self.owned, self.topology, config.optim.ema_decay)
         self._own_loss = torch.zeros((), dtype=torch.float64, device=self.device)
         self.evidence = (0.0, 0.0)
         """Of the last `try_step`: the loss as this rank's tokens gave it, and a fingerprint of its norms and biases."""
-
-    def _chosen_kernels(self) -> str:
-        """The attention kernels of this run, for logs. One rank times them; the others take its word for what is fastest."""
-        chosen = flash.choose(self.device)
-        config, top = self.config, self.topology
-        if not kernels.on_gpu(torch.empty(0, device=self.device)) or config.train.precision != "bf16":
-            return chosen
-        if not config.data.cross_document:
-            return f"{chosen}; attention inside documents has no calls of a lasting shape"
-        model, split = config.model, top.tensor_size * top.context_size
-        layout = micro_batch_layout(config, run_capacity(config))
-        heads, key_heads = model.num_heads // split, max(model.kv_heads // split, 1)
-        calls = flash.padded_calls(layout, heads, key_heads, model.head_dim)
-        times = flash.time_calls(calls, torch.bfloat16, self.device) if self.is_first_rank else None
-        return "; ".join([chosen, *flash.use(self.from_first_rank(times), calls)])
 
     @property
     def is_first_rank(self) -> bool:
@@ -275,9 +260,7 @@ class Engine:
 
     def from_first_rank(self, value: Any) -> Any:
         """The first rank's `value`, on every rank."""
-        box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device)
-        return box[0]
+        return groups.from_first_rank(value, self.device)
 
 
 class Stopwatch:

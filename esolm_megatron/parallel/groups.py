@@ -46,6 +46,13 @@ def device_of(config: Config) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
+def from_first_rank(value: Any, device: torch.device) -> Any:
+    """The first rank's `value`, which pickles, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=device)
+    return box[0]
+
+
 def start(config: Config) -> tuple[Topology, torch.device]:
     """Join the run: this process's coordinates and device. Reads RANK and WORLD_SIZE as torchrun and srun set them.
 

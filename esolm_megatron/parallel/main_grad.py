@@ -11,6 +11,7 @@ NVIDIA Apex's kernel does it where Apex is installed, torch's product elsewhere;
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +20,15 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from megatron.core.tensor_parallel import layers as megatron_layers
 from torch import Tensor, nn
 
+from esolm_megatron.config import ConfigError
+from esolm_megatron.model.flash import KernelError, difference, milliseconds
 from esolm_megatron.model.kernels import add_product
 from esolm_megatron.model.layers import PlainLinear, PlainLinears
 from esolm_megatron.parallel.float8 import Product
+from esolm_megatron.parallel.groups import from_first_rank
+
+MOST_ERROR = 1e-3
+"""Relative, of sums in fp32 of products of bf16, which the order of adding up changes by 1e-6."""
 
 
 class _TorchProduct:
@@ -33,9 +40,41 @@ class _TorchProduct:
         add_product(main_grad, grad.t(), x)
 
 
-HAS_APEX = hasattr(megatron_layers, "fused_weight_gradient_mlp_cuda")
-if not HAS_APEX:
-    megatron_layers.fused_weight_gradient_mlp_cuda = _TorchProduct
+_APEX = getattr(megatron_layers, "fused_weight_gradient_mlp_cuda", None)
+megatron_layers.fused_weight_gradient_mlp_cuda = _APEX or _TorchProduct
+
+
+def choose(wanted: str, device: torch.device, width: int) -> str:
+    """Choose the product: torch's, or Apex's where it is installed, right, and not slower; returns which, for logs.
+
+    wanted: auto, torch or apex. width: of the matrices that decide, (4 width, width).
+
+    Raises:
+        ConfigError: Apex is wanted and not installed. KernelError: or gives something else.
+    """
+    if wanted == "apex" and _APEX is None:
+        raise ConfigError(
+            "train.kernels.gradients = apex: megatron-core finds no fused_weight_gradient_mlp_cuda; build NVIDIA Apex with "
+            "its CUDA extensions, or set auto"
+        )
+    chosen, why = _TorchProduct, "NVIDIA Apex is not installed" if _APEX is None else "it was asked for"
+    if _APEX is not None and wanted != "torch":
+        generator = torch.Generator().manual_seed(0)
+        x, grad = (torch.randn(2048, n, generator=generator).to(device, torch.bfloat16) for n in (width, 4 * width))
+        start = torch.ones(4 * width, width, device=device)
+        made, times = [], []
+        for product in (_TorchProduct, _APEX):
+            made.append(start.clone())
+            product.wgrad_gemm_accum_fp32(x, grad, made[-1])
+            times.append(milliseconds(partial(product.wgrad_gemm_accum_fp32, x, grad, start.clone()), device))
+        error, (torch_ms, apex_ms) = difference(made[1:], made[:1]), from_first_rank(times, device)
+        why = f"relative error {error:.2g}, torch {torch_ms:.3g} ms, NVIDIA Apex {apex_ms:.3g} ms"
+        if wanted == "apex" and error > MOST_ERROR:
+            raise KernelError(f"train.kernels.gradients = apex: {why}; set auto")
+        if error <= MOST_ERROR and (wanted == "apex" or apex_ms <= torch_ms):
+            chosen = _APEX
+    megatron_layers.fused_weight_gradient_mlp_cuda = chosen
+    return f"added up in fp32 by {'NVIDIA Apex' if chosen is _APEX else 'torch'}'s products ({why})"
 
 
 # An operator, for a compiler looks into functions. Its schema does not say that main_grad changes: nothing else in a graph

@@ -15,7 +15,8 @@ from esolm_megatron.data.stream.mixture import sources_of
 
 _FREE_TO_CHANGE = {
     "runs_dir": None,
-    "train": {"num_steps", "micro_batch_size", "log_every_steps", "device", "peak_tflops", "compile", "cuda_graphs"},
+    "train": {"num_steps", "micro_batch_size", "log_every_steps", "device", "peak_tflops", "compile", "cuda_graphs",
+              "kernels"},
     "parallel": None,
     "evaluate": None,
     "checkpoint": None,

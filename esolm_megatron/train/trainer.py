@@ -177,7 +177,7 @@ class _Run:
         facts = {**self.stragglers.report(), **self.clock.shares(), "data_wait_s": round(ahead.waited, 4)}
         facts["drawn_ahead"] = ahead.drawn
         if first:
-            facts["attention"] = self.engine.kernels
+            facts["providers"] = self.engine.providers
             every = config.guard.checksum_every_steps
             facts["compared"] = compared(self.engine.topology, config.parallel.zero_stage, every)
         facts["sources"] = self.feed.counts(next_batch)

@@ -175,7 +175,7 @@ def step_on_a_gpu(config, kernel):
             result = engine.train_step(share_of_step(config, step, top.data_rank, top.data_size), 1e-3)
             found.append((result.loss, result.grad_norm))
     more = {name: calls[name] - tried.get(name, 0) for name in calls}
-    return found, {name for name, count in more.items() if count}, engine.kernels
+    return found, {name for name, count in more.items() if count}, engine.providers["attention"]
 
 
 def step_on_a_cpu(config):
@@ -263,7 +263,7 @@ def test_the_fastest_right_kernel_of_each_call_is_used_and_remembered(on_gpu, mo
     wide, narrow = Call(2, 4, 2, 16, 16, 16, True), Call(2, 4, 4, 8, 24, 16, False)
     others = [Cudnn(), Wrong(name="wrong"), Refusing(name="refusing")]
     took = iter([3.0, 2.0, 1.0, 4.0])  # torch and cuDNN for one call, then for the other
-    monkeypatch.setattr(flash, "_milliseconds", lambda work, device: next(took))
+    monkeypatch.setattr(flash, "milliseconds", lambda work, device: next(took))
     times = flash.time_calls([wide, narrow], torch.bfloat16, CPU, others)
     assert [list(found) for found in times.values()] == [["torch's flash attention", "cuDNN attention"]] * 2
     lines = flash.use(times, [wide, narrow], others)
