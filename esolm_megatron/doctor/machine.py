@@ -221,7 +221,7 @@ def _apex(machine: Machine) -> Finding:
     folder, version = machine.folder("apex"), machine.version("apex")
     if folder is None and version is None:
         advice = (
-            f"megatron-core uses torch's norms and its own gradient accumulation: slower, equal results. {_APEX_SOURCE}"
+            f"torch's products add weight gradients up in its place: perhaps slower, equal results. {_APEX_SOURCE}"
         )
         return Finding("NVIDIA Apex", "note", "not installed", advice)
     nvidia = folder is not None and (folder / "normalization").exists()
@@ -239,7 +239,7 @@ def _apex(machine: Machine) -> Finding:
 def _transformer_engine(machine: Machine) -> Finding:
     folder = machine.folder("transformer_engine")
     if folder is None:
-        advice = "no FP8; layers and norms come from megatron-core and torch. Build it with `pip install --no-build-isolation "
+        advice = "nothing breaks: fp8 (train.fp8) is torchao's; layers and norms come from megatron-core and torch. Build it with `pip install --no-build-isolation "
         return Finding("Transformer Engine", "note", "not installed", advice + "transformer-engine[pytorch]`")
     version = machine.version("transformer-engine") or "found"
     if machine.folder("transformer_engine_torch") is None:

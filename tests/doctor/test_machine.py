@@ -71,8 +71,8 @@ def test_a_good_machine_has_no_warnings(tmp_path):
 @pytest.mark.parametrize(
     ("name", "version", "level", "fix"),
     [
-        ("torch", "2.7.1", "error", 'pip install "torch>=2.8"'),
-        ("torch", None, "error", 'pip install "torch>=2.8"'),
+        ("torch", "2.7.1", "error", 'pip install "torch>=2.10"'),
+        ("torch", None, "error", 'pip install "torch>=2.10"'),
         ("megatron-core", "0.17.0", "error", 'pip install "megatron-core==0.16.1"'),
         ("megatron-core", "0.16.0", "error", 'pip install "megatron-core==0.16.1"'),
         ("megatron-core", None, "warning", "no training"),
@@ -93,7 +93,7 @@ def test_a_wrong_or_missing_package_is_named_with_the_fix(name, version, level, 
     assert exit_status(report(machine)) == (level == "error")
 
 
-@pytest.mark.parametrize("version", ["2.8.0", "2.8", "2.10.1", "2.13.0+cpu", "2.14.0.dev20260101", "3.0"])
+@pytest.mark.parametrize("version", ["2.10.0", "2.10", "2.10.1", "2.13.0+cpu", "2.14.0.dev20260101", "3.0"])
 def test_versions_compare_as_numbers(version):
     assert one(MadeUp(torch=version), "torch").level == "ok"
 
