@@ -34,7 +34,7 @@ EXTRAS = {
     "train": ("deepspeed", "megatron", "torchao", "wandb"),
     "data": ("datasets", "matplotlib", "pyarrow", "zstandard"),
     "hf": ("transformers",),
-    "serve": ("fastapi", "uvicorn"),
+    "serve": ("fastapi", "prometheus_client", "uvicorn"),
     "s3": ("s3fs",),
     "slurm": ("submitit",),
 }

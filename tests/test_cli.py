@@ -13,6 +13,7 @@ import yaml
 from esolm_megatron import load_pretrained
 from esolm_megatron.cli import main
 from esolm_megatron.config import ConfigError
+from esolm_megatron.data.tokenizer import load_tokenizer
 from esolm_megatron.inference import parse_infill
 
 pytestmark = pytest.mark.end_to_end
@@ -102,10 +103,10 @@ def test_infilling_keeps_the_text_around_the_hole(folder, capsys):
 
 
 def test_parse_infill():
-    ids, positions, length = parse_infill("ab[[3]]c[[2]]", lambda text: [ord(c) for c in text])
+    ids, positions, length = parse_infill("ab[[3]]c[[2]]", load_tokenizer("bytes"))
     assert (ids, positions, length) == ([97, 98, 99], [0, 1, 5], 8)
     with pytest.raises(ConfigError, match="no hole"):
-        parse_infill("abc", list)
+        parse_infill("abc", load_tokenizer("bytes"))
 
 
 def test_training_again_continues_the_same_wandb_run(folder):

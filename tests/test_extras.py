@@ -93,7 +93,7 @@ def test_every_extra_has_a_row_and_every_row_an_extra():
     assert set(REFUSED.values()) == set(EXTRAS)
     for extra, packages in EXTRAS.items():
         declared = {re.split(r"[\[>=<;]", line)[0] for line in PROJECT["optional-dependencies"][extra]}
-        names = {"megatron": "megatron-core"}
+        names = {"megatron": "megatron-core", "prometheus_client": "prometheus-client"}
         assert {names.get(package, package) for package in packages} <= declared, extra
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
     named = {

@@ -114,7 +114,7 @@ def run_sample(args: argparse.Namespace) -> int:
     if chosen.infill is not None and chosen.prompt is not None:
         raise ConfigError("prompt and infill: give one of them; infill may start with text")
     if chosen.infill is not None:
-        ids, places, length = parse_infill(chosen.infill, model.tokenizer.encode)
+        ids, places, length = parse_infill(chosen.infill, model.tokenizer)
         prompt, positions = torch.tensor(ids, dtype=torch.int64), torch.tensor(places, dtype=torch.int64)
     elif chosen.prompt:
         prompt = torch.tensor(model.tokenizer.encode(chosen.prompt), dtype=torch.int64)
@@ -172,15 +172,15 @@ def run_score(args: argparse.Namespace) -> int:
     chosen = options(ScoreOptions, args.overrides)
     texts = texts_to_score(chosen)
     model = chosen.load(args.path)
-    encode = model.tokenizer.encode
+    pairs = [model.tokenizer.encode_pair(chosen.prompt, text) for text in texts]
     results = [
         score(
             model,
-            encode(text),
-            encode(chosen.prompt) if chosen.prompt else [],
+            tokens,
+            prompt,
             **chosen.model_dump(include={"orders", "kind", "alpha_0", "batch_size", "seed"}),
         )
-        for text in texts
+        for prompt, tokens in pairs
     ]
     if args.json:
         print(json.dumps({"texts": [{"text": t, **asdict(r)} for t, r in zip(texts, results, strict=True)]}))

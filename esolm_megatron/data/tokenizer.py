@@ -118,7 +118,46 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without an end-of-text token."""
-        return list(self._engine.encode(text, add_special_tokens=False).ids)
+        return list(_encoded(self._engine, text).ids)
+
+    def encode_later(self, text: str) -> list[int]:
+        """Token ids of `text` in the middle of a document: without the blank that some tokenizers put before the first word."""
+        return list(_encoded(self._inside, text).ids)
+
+    def encode_pair(self, prompt: str, text: str) -> tuple[list[int], list[int]]:
+        """Token ids of `prompt` and of the `text` after it, as both have them together.
+
+        Raises:
+            TokenizerError: a token holds the end of one and the start of the other.
+        """
+        if not prompt:
+            return [], self.encode(text)
+        found = _encoded(self._untrimmed, prompt + text)
+        at = next((i for i, (_, end) in enumerate(found.offsets) if end > len(prompt)), len(found.ids))
+        if at < len(found.ids) and found.offsets[at][0] < len(prompt):
+            both = (prompt + text)[slice(*found.offsets[at])]
+            raise TokenizerError(
+                f"prompt and text: one token is {both!r}, the end of the prompt and the start of the text; "
+                "end the prompt where a token ends, blanks belong to the word after them"
+            )
+        return found.ids[:at], found.ids[at:]
+
+    @cached_property
+    def _inside(self) -> Any:
+        return self._variant(
+            **{name: _unprefixed(self._definition.get(name)) for name in ("normalizer", "pre_tokenizer")}
+        )
+
+    @cached_property
+    def _untrimmed(self) -> Any:
+        return self._variant(post_processor=None)
+
+    def _variant(self, **parts: Any) -> Any:
+        from tokenizers import Tokenizer as Engine
+
+        engine = Engine.from_str(json.dumps({**self._definition, **parts}))
+        engine.encode_special_tokens = True
+        return engine
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text; equal to `encode` of each."""
@@ -142,6 +181,16 @@ class Tokenizer:
             run = []
         return "".join([*parts, self._engine.decode(run, skip_special_tokens=False)])
 
+    def decode_later(self, ids: Iterable[int]) -> str:
+        """Text of `ids` in the middle of a document, where a blank before a word stays."""
+        before = self.decode(self._before)
+        found = self.decode([*self._before, *ids])
+        return found[len(before) :] if found.startswith(before) else self.decode(ids)
+
+    @cached_property
+    def _before(self) -> list[int]:
+        return self.encode("a")
+
     def bare_definition(self) -> dict[str, Any]:
         """The tree of a tokenizer.json by which any library encodes as `encode` does, adding no tokens around a text."""
         added = self._engine.encode("a").ids != self._engine.encode("a", add_special_tokens=False).ids
@@ -156,6 +205,31 @@ class Tokenizer:
             names = json.dumps({"eos_token": self.end_of_text}, ensure_ascii=False)
             path.with_name("tokenizer_config.json").write_text(names + "\n", encoding="utf-8")
         return path
+
+
+def _encoded(engine: Any, text: str) -> Any:
+    try:
+        return engine.encode(text, add_special_tokens=False)
+    except TypeError:  # what the library says of half a character of UTF-16, which JSON may spell out
+        at = next((n for n, letter in enumerate(text) if "\ud800" <= letter <= "\udfff"), None)
+        if at is None:
+            raise
+        raise TokenizerError(
+            f"text: character {at} is \\u{ord(text[at]):04x}, half of a pair, which is no character"
+        ) from None
+
+
+def _unprefixed(part: Any) -> Any:
+    """A normalizer or pre-tokenizer of a tokenizer.json without what it puts before a text."""
+    kind = part.get("type") if part else None
+    if kind == "Prepend":
+        return None
+    if kind == "Sequence":
+        name = "normalizers" if "normalizers" in part else "pretokenizers"
+        return {**part, name: [kept for one in part[name] if (kept := _unprefixed(one)) is not None]}
+    if kind == "Metaspace":
+        return {**part, "prepend_scheme": "never"} | ({"add_prefix_space": False} if "add_prefix_space" in part else {})
+    return {**part, "add_prefix_space": False} if kind == "ByteLevel" else part
 
 
 def load_tokenizer(name_or_folder: str | Path, end_of_text: str | None = None) -> Tokenizer:

@@ -220,9 +220,7 @@ def _apex(machine: Machine) -> Finding:
     """NVIDIA's has apex/normalization and the compiled module amp_C; the index's `apex` is a web toolkit."""
     folder, version = machine.folder("apex"), machine.version("apex")
     if folder is None and version is None:
-        advice = (
-            f"torch's products add weight gradients up in its place: perhaps slower, equal results. {_APEX_SOURCE}"
-        )
+        advice = f"torch's products add weight gradients up in its place: perhaps slower, equal results. {_APEX_SOURCE}"
         return Finding("NVIDIA Apex", "note", "not installed", advice)
     nvidia = folder is not None and (folder / "normalization").exists()
     if not nvidia:
@@ -239,8 +237,11 @@ def _apex(machine: Machine) -> Finding:
 def _transformer_engine(machine: Machine) -> Finding:
     folder = machine.folder("transformer_engine")
     if folder is None:
-        advice = "nothing breaks: fp8 (train.fp8) is torchao's; layers and norms come from megatron-core and torch. Build it with `pip install --no-build-isolation "
-        return Finding("Transformer Engine", "note", "not installed", advice + "transformer-engine[pytorch]`")
+        advice = (
+            "nothing breaks: fp8 (train.fp8) is torchao's; layers and norms come from megatron-core and torch. Build it with "
+            "`pip install --no-build-isolation transformer-engine[pytorch]`"
+        )
+        return Finding("Transformer Engine", "note", "not installed", advice)
     version = machine.version("transformer-engine") or "found"
     if machine.folder("transformer_engine_torch") is None:
         advice = "its part for torch is missing, so it is unusable: pip install --no-build-isolation transformer-engine[pytorch]"

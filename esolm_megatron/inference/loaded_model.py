@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -138,8 +137,8 @@ def load_pretrained(
 HOLE = re.compile(r"\[\[(\d+)\]\]")
 
 
-def parse_infill(text: str, encode: Callable[[str], list[int]]) -> tuple[list[int], list[int], int]:
-    """Token ids, their positions and the whole length of a text with [[n]] holes.
+def parse_infill(text: str, tokenizer: Tokenizer) -> tuple[list[int], list[int], int]:
+    """Token ids, their positions and the whole length of a text with [[n]] holes; a piece after a hole goes on.
 
     Raises:
         ConfigError: there is no hole.
@@ -154,7 +153,7 @@ def parse_infill(text: str, encode: Callable[[str], list[int]]) -> tuple[list[in
         if index % 2:
             length += int(part)
             continue
-        new = encode(part) if part else []
+        new = (tokenizer.encode_later if length else tokenizer.encode)(part) if part else []
         ids += new
         positions += range(length, length + len(new))
         length += len(new)

@@ -19,6 +19,12 @@ Order = Literal["random", "left_to_right", "block_distant"]
 """Places of the diffusion steps: random, from the left, or random ones of which a step takes those farthest apart."""
 
 
+EXTREME = 1e4
+"""Temperatures and penalties up to it, and down to one over it, leave logits numbers that fp32 holds."""
+MOST = 2**63 - 1
+"""Of whole numbers in a request."""
+
+
 @dataclass(frozen=True)
 class Draw:
     """How tokens are drawn from logits; the default is the model's own distribution.
@@ -37,20 +43,23 @@ class Draw:
     def __post_init__(self) -> None:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p = {self.top_p}: must lie above 0 and at most 1; 1 draws from all tokens")
-        if not 0 <= self.temperature < float("inf"):
+        if self.temperature != 0 and not 1 / EXTREME <= self.temperature <= EXTREME:
             raise ValueError(
-                f"temperature = {self.temperature}: must be a number of at least 0; 0 takes the likeliest token"
+                f"temperature = {self.temperature}: must be 0, which takes the likeliest token, or a number of "
+                f"{1 / EXTREME:g} to {EXTREME:g}"
             )
         if self.top_k < 0:
             raise ValueError(f"top_k = {self.top_k}: must be at least 1, or 0 to draw from all tokens")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise ValueError(f"repetition_penalty = {self.repetition_penalty}: must be a number above 0; 1 is off")
+        if not 1 / EXTREME <= self.repetition_penalty <= EXTREME:
+            raise ValueError(
+                f"repetition_penalty = {self.repetition_penalty}: must be a number of {1 / EXTREME:g} to {EXTREME:g}; 1 is off"
+            )
 
 
 class SamplingParams(Section):
     """What commands and requests to the server say alike about how texts are made."""
 
-    steps: int | None = Field(None, ge=1)
+    steps: int | None = Field(None, ge=1, le=2**53)
     """Diffusion steps; null means one for each token."""
     alpha_0: float | None = Field(None, ge=0, le=1)
     """Share of tokens made by diffusion; null means the trained value."""
@@ -58,11 +67,11 @@ class SamplingParams(Section):
     """Nucleus that tokens are drawn from."""
     temperature: float = Field(1.0, ge=0)
     """Sharpness of the draw; below 1 is sharper, 0 takes the likeliest token."""
-    top_k: int = Field(0, ge=0)
+    top_k: int = Field(0, ge=0, le=MOST)
     """Draw from this many of the likeliest tokens; 0 means all."""
     repetition_penalty: float = Field(1.0, gt=0)
     """Above 1, tokens that the text holds already become less likely."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=MOST)
     """Seed of orders and tokens."""
     schedule: Schedule = "binomial"
     """How many tokens each diffusion step makes; first_hitting: one, for as many steps as there are."""

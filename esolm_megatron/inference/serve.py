@@ -16,17 +16,21 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import Field
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from pydantic import Field, model_validator
+from starlette.exceptions import HTTPException
 
-from esolm_megatron.config import ConfigError
+from esolm_megatron.config import ConfigError, Section
 from esolm_megatron.inference.decoding.scheduler import RowPlan, plan_rows
 from esolm_megatron.inference.loaded_model import PretrainedEsoLM, parse_infill
-from esolm_megatron.inference.request import SamplingParams
+from esolm_megatron.inference.pieces import Transcript
+from esolm_megatron.inference.request import MOST, SamplingParams
 from esolm_megatron.inference.sampler import Sampler
 
 
@@ -40,16 +44,41 @@ class Limits:
     body: int = 1_000_000
 
 
+class StreamOptions(Section):
+    """What a stream tells besides."""
+
+    include_usage: bool = False
+
+
 class Completion(SamplingParams):
-    """What is asked for: a prompt and `max_tokens` after it, or a text with [[12]] holes in `infill`."""
+    """What is asked for: a prompt and `max_tokens` after it, or a text with [[12]] holes in `infill`.
+
+    stop: end at the end-of-text token (true), or there and before any of these strings. echo: the text that comes back holds
+    its prompt; with holes it always does. logprobs: log p of each token. A field that is null has its default.
+    """
 
     prompt: str = ""
     infill: str | None = None
-    max_tokens: int = Field(64, ge=1)
-    n: int = Field(1, ge=1)
-    stop: bool = True
+    max_tokens: int = Field(64, ge=1, le=MOST)
+    n: int = Field(1, ge=1, le=MOST)
+    stop: bool | str | list[str] = True
+    echo: bool = False
+    logprobs: int | None = Field(None, ge=0, le=1)
     stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
     model: str | None = None
+    user: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, fields: Any) -> Any:
+        return {k: v for k, v in fields.items() if v is not None} if isinstance(fields, dict) else fields
+
+    @property
+    def stop_texts(self) -> list[str]:
+        """Strings before which a text ends."""
+        texts = self.stop if isinstance(self.stop, list) else [self.stop] if isinstance(self.stop, str) else []
+        return [text for text in texts if text]
 
 
 @dataclass(eq=False)
@@ -58,9 +87,12 @@ class Job:
 
     index: int
     plan: RowPlan
+    text: Transcript
     news: asyncio.Queue[dict[str, Any]]
     loop: asyncio.AbstractEventLoop
     given_up: bool = False
+    heard: float = field(default_factory=time.monotonic)
+    """When it was asked for, or its last tokens came."""
 
     def tell(self, **event: Any) -> None:
         """Put news into the request's queue, from the model's thread."""
@@ -78,6 +110,36 @@ class Refused(Exception):
         self.status = status
 
 
+class Meters:
+    """What /metrics tells, in Prometheus' text format."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.tokens = Counter("esolm_tokens", "tokens made", registry=self.registry)
+        self.passes = Counter("esolm_row_passes", "passes, counted once for each text in them", registry=self.registry)
+        self.waiting = Gauge("esolm_waiting", "texts that wait for a row", registry=self.registry)
+        self.at_work = Gauge("esolm_at_work", "texts being written", registry=self.registry)
+        self.first = Histogram("esolm_time_to_first_token_seconds", "from the request on", registry=self.registry)
+        self.between = Histogram(
+            "esolm_time_between_tokens_seconds",
+            "of a text, a pass that makes several divided by them",
+            registry=self.registry,
+        )
+        self._begun: WeakSet[Job] = WeakSet()
+
+    def passed(self, job: Job, count: int) -> None:
+        """`count` tokens of a text have come."""
+        now = time.monotonic()
+        self.tokens.inc(count)
+        self.passes.inc()
+        if job in self._begun:
+            self.between.observe((now - job.heard) / count)
+        else:
+            self._begun.add(job)
+            self.first.observe(now - job.heard)
+        job.heard = now
+
+
 @dataclass
 class Worker:
     """The thread that owns the model: takes jobs in between passes. passes: how many it has made."""
@@ -86,6 +148,7 @@ class Worker:
     limits: Limits
     waiting: deque[Job] = field(default_factory=deque)
     at_work: dict[int, Job] = field(default_factory=dict)
+    meters: Meters = field(default_factory=Meters)
     passes: int = 0
     closing: bool = False
     changed: threading.Condition = field(default_factory=threading.Condition)
@@ -152,11 +215,13 @@ class Worker:
             for row in set(filled.rows.tolist()):
                 mine = filled.rows == row
                 self.at_work[row].tell(positions=filled.positions[mine].tolist(), tokens=filled.tokens[mine].tolist())
+                self.meters.passed(self.at_work[row], int(mine.sum()))
             done += filled.done
         for row in done:
             tokens, log_probs = sampler.result(row)
             finite = bool(log_probs.isfinite().all())
             facts = {"tokens": tokens.tolist(), "log_prob": log_probs.sum().item(), "saved": int(sampler.saved[row])}
+            facts["log_probs"] = log_probs.tolist()
             sampler.release(row)
             with self.changed:
                 job = self.at_work.pop(row)
@@ -170,22 +235,23 @@ def plans_of(model: PretrainedEsoLM, limits: Limits, asked: Completion) -> list[
         Refused: a text is longer than the server allows.
         ValueError: an argument out of its range.
     """
-    encode = model.tokenizer.encode
     if asked.infill is not None:
         if asked.prompt:
             raise ConfigError("prompt and infill: give one of them; infill may start with text")
-        ids, positions, length = parse_infill(asked.infill, encode)
+        ids, positions, length = parse_infill(asked.infill, model.tokenizer)
     else:
-        ids = encode(asked.prompt) if asked.prompt else []
+        ids = model.tokenizer.encode(asked.prompt) if asked.prompt else []
         positions, length = list(range(len(ids))), len(ids) + asked.max_tokens
     if length > limits.length or asked.n > limits.rows + limits.queue:
         raise Refused(
             413, f"n = {asked.n} texts of {length} tokens: at most {limits.rows + limits.queue} of {limits.length}"
         )
+    if not length:
+        raise ConfigError("infill: has no token and no hole")
     request = model.request(
         asked.n, length, prompt=torch.tensor(ids, dtype=torch.int64),
         prompt_positions=torch.tensor(positions, dtype=torch.int64),
-        stop_id=model.tokenizer.eos_id if asked.stop else None, **asked.sampling(),
+        stop_id=None if asked.stop is False else model.tokenizer.eos_id, **asked.sampling(),
     )  # fmt: skip
     return plan_rows(request, model.config.mask_id)
 
@@ -211,6 +277,10 @@ def build(model: PretrainedEsoLM, limits: Limits = Limits(), name: str = "esolm"
         lines = [f"{'.'.join(str(p) for p in e['loc'][1:])}: {e['msg']}" for e in error.errors()]
         return refusal(400, "; ".join(lines))
 
+    @app.exception_handler(HTTPException)
+    async def unknown(_: Request, error: HTTPException) -> JSONResponse:
+        return refusal(error.status_code, str(error.detail))
+
     @app.middleware("http")
     async def small_bodies(request: Request, call_next: Any) -> Any:
         size = request.headers.get("content-length")
@@ -225,6 +295,12 @@ def build(model: PretrainedEsoLM, limits: Limits = Limits(), name: str = "esolm"
         ok = worker.thread.is_alive() and not worker.closing
         return {"ok": ok, "at_work": len(worker.at_work), "waiting": len(worker.waiting), "passes": worker.passes}
 
+    @app.get("/metrics")
+    async def metrics() -> PlainTextResponse:
+        worker.meters.waiting.set(len(worker.waiting))
+        worker.meters.at_work.set(len(worker.at_work))
+        return PlainTextResponse(generate_latest(worker.meters.registry), media_type=CONTENT_TYPE_LATEST)
+
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [{"id": name, "object": "model", "owned_by": "local"}]}
@@ -234,14 +310,15 @@ def build(model: PretrainedEsoLM, limits: Limits = Limits(), name: str = "esolm"
         news: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         try:
             plans = await asyncio.to_thread(plans_of, model, limits, asked)
-            jobs = [Job(i, plan, news, asyncio.get_running_loop()) for i, plan in enumerate(plans)]
+            loop = asyncio.get_running_loop()
+            jobs = [Job(i, plan, Transcript(model.tokenizer, plan, asked), news, loop) for i, plan in enumerate(plans)]
             worker.submit(jobs)
         except Refused as error:
             return refusal(error.status, str(error))
         except ValueError as error:
             return refusal(400, str(error))
         head = {"id": f"cmpl-{next(numbers)}", "object": "text_completion", "created": int(time.time()), "model": name}
-        answer = Answer(model, head, jobs, news)
+        answer = Answer(asked, head, jobs, news)
         if asked.stream:
             return StreamingResponse(answer.events(), media_type="text/event-stream")
         return await answer.whole(request)
@@ -253,19 +330,31 @@ def build(model: PretrainedEsoLM, limits: Limits = Limits(), name: str = "esolm"
 class Answer:
     """What goes back to a client."""
 
-    model: PretrainedEsoLM
+    asked: Completion
     head: dict[str, Any]
     jobs: list[Job]
     news: asyncio.Queue[dict[str, Any]]
+    made: int = 0
 
     def choice(self, index: int, facts: dict[str, Any]) -> dict[str, Any]:
-        """A finished text; its prompt is part of it, since a hole may stand anywhere."""
-        tokens = facts["tokens"]
-        stop = self.jobs[index].plan.stop_id
-        given = set(self.jobs[index].plan.order[: len(self.jobs[index].plan.given)].tolist())
-        ends = [i for i, t in enumerate(tokens) if t == stop and i not in given]
-        text = self.model.tokenizer.decode(tokens[: ends[0]] if ends else tokens)
-        return {"index": index, "text": text, "finish_reason": "stop" if ends else "length", **facts}
+        """A finished text."""
+        job = self.jobs[index]
+        self.made += len(facts["tokens"]) - facts["saved"] - len(job.plan.given)
+        log_probs = facts.pop("log_probs")
+        out = {"index": index, **job.text.finished(facts["tokens"]), **facts}
+        if self.asked.logprobs is not None:
+            out["logprobs"] = {
+                "tokens": job.text.texts(facts["tokens"]),
+                "token_logprobs": log_probs,
+                "top_logprobs": None,
+            }
+        return out
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """Tokens given and made."""
+        given = sum(len(job.plan.given) for job in self.jobs)
+        return {"prompt_tokens": given, "completion_tokens": self.made, "total_tokens": given + self.made}
 
     async def whole(self, request: Request) -> Any:
         """All texts in one JSON document; they are given up if the client leaves."""
@@ -285,28 +374,32 @@ class Answer:
                     choices.append(self.choice(event["index"], event["done"]))
         finally:
             self._leave()
-        given = sum(len(job.plan.given) for job in self.jobs)
-        made = sum(len(c["tokens"]) - c["saved"] for c in choices) - given
-        usage = {"prompt_tokens": given, "completion_tokens": made, "total_tokens": given + made}
-        return {**self.head, "choices": sorted(choices, key=lambda c: c["index"]), "usage": usage}
+        return {**self.head, "choices": sorted(choices, key=lambda c: c["index"]), "usage": self.usage}
 
     async def events(self) -> AsyncIterator[str]:
-        """Server-sent events: places as they are filled, out of order, and each text when it is done."""
+        """Server-sent events: places as they are filled, out of order, with the text that goes on from the left."""
         left = len(self.jobs)
         try:
             while left:
                 event = await self.news.get()
                 if "done" in event:
                     left -= 1
-                    event = self.choice(event["index"], event["done"])
+                    done = self.choice(event["index"], event["done"])
+                    event = {**done, "whole": done["text"], "text": self.jobs[event["index"]].text.rest(done["text"])}
                 elif "tokens" in event:
-                    event["pieces"] = [self.model.tokenizer.decode([t]) for t in event["tokens"]]
+                    event |= self.jobs[event["index"]].text.add(event["positions"], event["tokens"])
+                    event["finish_reason"] = None
                 elif "error" in event:
                     left = 0
-                yield f"data: {json.dumps({**self.head, 'choices': [event]})}\n\n"
+                yield self._event([event])
+            if self.asked.stream_options.include_usage:
+                yield self._event([], usage=self.usage)
             yield "data: [DONE]\n\n"
         finally:
             self._leave()
+
+    def _event(self, choices: list[Any], **more: Any) -> str:
+        return f"data: {json.dumps({**self.head, 'choices': choices, **more})}\n\n"
 
     def _leave(self) -> None:
         for job in self.jobs:

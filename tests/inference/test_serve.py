@@ -96,7 +96,7 @@ def expected(model, n=1, prompt="", infill=None, max_tokens=0, steps=None, **opt
     ids = model.tokenizer.encode(prompt)
     places, length = list(range(len(ids))), len(ids) + max_tokens
     if infill:
-        ids, places, length = parse_infill(infill, model.tokenizer.encode)
+        ids, places, length = parse_infill(infill, model.tokenizer)
     ids, places = (torch.tensor(x, dtype=torch.int64) for x in (ids, places))
     return model.sample(
         n, length, steps, prompt=ids, prompt_positions=places, stop_id=model.tokenizer.eos_id, **options
@@ -115,8 +115,10 @@ def test_requests_of_every_kind_at_once_get_what_sample_draws(served, model):
         assert [c["index"] for c in answer["choices"]] == list(range(body.get("n", 1)))
         made = int((log_probs != 0).sum())
         assert answer["usage"]["completion_tokens"] == made
-        for choice in answer["choices"]:
-            assert choice["text"].startswith(body.get("prompt", ""))
+        for choice in answer["choices"]:  # the bytes' text, up to the end that the model put
+            row = choice["tokens"][len(body.get("prompt", "")) :]
+            whole = bytes(t for t in row[: row.index(256) if 256 in row else None]).decode(errors="replace")
+            assert choice["text"] == whole
     assert answers[0]["object"] == "text_completion"
     assert answers[0]["model"] == "tiny"
 
@@ -132,7 +134,15 @@ def test_a_stream_tells_every_place_once_and_out_of_order(served, model):
                 events.append(line[6:])
     assert events.pop() == "[DONE]"
     choices = [json.loads(event)["choices"][0] for event in events]
-    done = {c["index"]: c for c in choices if "finish_reason" in c}
+    for index in range(2):
+        mine = [c for c in choices if c["index"] == index]
+        pieces = sorted((p for c in mine for p in c.get("pieces", [])), key=lambda p: p["start"])
+        end = expected(model, **body)[0][index].tolist()
+        end = next((i for i, t in enumerate(end) if t == 256), len(end))
+        assert "".join(p["text"] for p in pieces if p["start"] < end) == "def f" + mine[-1]["whole"]
+        assert "".join(c["text"] for c in mine) == mine[-1]["whole"], "what is read from the left"
+        assert {c["finish_reason"] for c in mine[:-1]} == {None}
+    done = {c["index"]: c for c in choices if c["finish_reason"]}
     tokens = expected(model, **body)[0]
     assert [done[i]["tokens"] for i in range(2)] == tokens.tolist()
     for index in range(2):
@@ -154,6 +164,25 @@ def test_a_stream_tells_every_place_once_and_out_of_order(served, model):
         ({"infill": "no hole"}, 400, "has no hole"),
         ({"infill": "[[3]]", "prompt": "x"}, 400, "give one of them"),
         ("no json", 400, "JSON decode error"),
+        ("\xff", 400, "JSON"),
+        ("[" * 1500, 400, ""),
+        ("[]", 400, ""),
+        ('{"prompt": "\\ud800"}', 400, "half of a pair"),
+        ('{"infill": "\\udc00[[3]]"}', 400, "half of a pair"),
+        ({"infill": ""}, 400, "has no hole"),
+        ({"infill": f"[[{10**30}]]"}, 413, "tokens"),
+        ({"infill": "[[0]]"}, 400, "infill"),
+        ({"max_tokens": 10**30}, 400, "max_tokens"),
+        ({"n": 10**30}, 400, "n: "),
+        ({"seed": 2**63}, 400, "seed"),
+        ({"steps": 2**63}, 400, "steps"),
+        ({"top_k": 2**70}, 400, "top_k"),
+        ({"temperature": 1e308}, 400, "temperature"),
+        ({"temperature": 1e-320}, 400, "temperature"),
+        ({"repetition_penalty": 1e-300}, 400, "repetition_penalty"),
+        ({"logprobs": 5}, 400, "logprobs"),
+        ({"best_of": 2}, 400, "best_of"),
+        ({"stop": [5]}, 400, "stop"),
     ],
 )
 def test_refusals(served, body, status, message):
@@ -162,6 +191,66 @@ def test_refusals(served, body, status, message):
     assert answer.status_code == status, answer.text
     assert message in answer.json()["error"]["message"]
     assert served.client.get("/health").json()["ok"]
+
+
+def test_other_addresses_are_refused_in_the_same_form(served):
+    for answer in (served.client.get("/v1/nothing"), served.client.get("/v1/completions")):
+        assert answer.json()["error"]["code"] == answer.status_code >= 400
+
+
+def test_a_billion_steps_cost_no_more_than_few(served, model):
+    """The plan is made for places, not for steps."""
+    body = {"prompt": "a", "max_tokens": 4, "steps": 1_000_000_000, "seed": 3}
+    assert ask(served, **body)["choices"][0]["tokens"] == expected(model, **body)[0][0].tolist()
+
+
+def test_a_field_that_is_null_has_its_default(served):
+    body = {"prompt": "a", "max_tokens": 6}
+    nulls = dict.fromkeys(
+        ["seed", "stop", "temperature", "top_p", "n", "echo", "logprobs", "stream", "stream_options", "user"]
+    )
+    assert ask(served, **body, **nulls)["choices"] == ask(served, **body)["choices"]
+
+
+def test_fields_that_clients_send(served):
+    body = {"prompt": "ab", "max_tokens": 30, "seed": 5, "user": "someone", "stop": False}
+    (plain,) = ask(served, **body)["choices"]
+    (echoed,) = ask(served, **body, echo=True)["choices"]
+    assert echoed["text"] == "ab" + plain["text"]
+    (told,) = ask(served, **body, logprobs=1)["choices"]
+    assert sum(told["logprobs"]["token_logprobs"]) == pytest.approx(plain["log_prob"], abs=1e-3)
+    assert len(told["logprobs"]["tokens"]) == len(plain["tokens"])
+    stop = plain["text"][7:9]
+    (cut,) = ask(served, **{**body, "stop": [stop, ""]})["choices"]
+    text = plain["text"]
+    assert (cut["text"], cut["finish_reason"]) == (text[: text.index(stop)], "stop")
+    with served.client.stream(
+        "POST",
+        "/v1/completions",
+        json={**body, "stop": stop, "stream": True, "stream_options": {"include_usage": True}},
+    ) as answer:
+        events = [json.loads(line[6:]) for line in answer.iter_lines() if line and "[DONE]" not in line]
+    assert "".join(c["text"] for e in events for c in e["choices"]) == cut["text"]
+    assert events[-1]["usage"] == {"prompt_tokens": 2, "completion_tokens": 30, "total_tokens": 32}
+
+
+def test_metrics_are_prometheus_text(served):
+    from prometheus_client.parser import text_string_to_metric_families
+
+    def values():
+        answer = served.client.get("/metrics")
+        assert answer.headers["content-type"].startswith("text/plain")
+        families = text_string_to_metric_families(answer.text)
+        return {s.name: s.value for f in families for s in f.samples if "le" not in s.labels}
+
+    before = values()
+    ask(served, max_tokens=20, n=2, stop=False, alpha_0=0.0)
+    after = values()
+    assert after["esolm_tokens_total"] - before["esolm_tokens_total"] == 40
+    for name, count in (("first", 2), ("between", 38)):
+        full = f"esolm_time_{'to_first_token' if name == 'first' else 'between_tokens'}_seconds"
+        assert after[f"{full}_count"] - before[f"{full}_count"] == count
+        assert after[f"{full}_sum"] > before[f"{full}_sum"]
 
 
 def test_a_body_of_unknown_length_is_refused(served):

@@ -27,11 +27,18 @@ def binomial_schedule(num_places: int, alpha_0: float, steps: int, *key: int | s
     probability (alpha(s) - alpha(t)) / (1 - alpha(t)). Products of what survives telescope, so a place's step is found
     from one uniform number. At alpha_0 = 1 nothing is left over.
     """
-    clean = alpha(1 - np.arange(steps + 1) / steps, alpha_0, epsilon)
-    filled_by = (clean[1:] - clean[0]) / (1 - clean[0])
-    step = np.searchsorted(filled_by, uniforms(words(num_places, *key, "schedule")), side="right")
-    counts = np.bincount(step, minlength=steps + 1)[:steps]
-    return [int(k) for k in counts if k]
+
+    def filled_by(step: NDArray[np.int64]) -> NDArray[np.float64]:
+        start, now = (alpha(1 - n / steps, alpha_0, epsilon) for n in (np.zeros(1, np.int64), step + 1))
+        return (now - start) / (1 - start)
+
+    chances = uniforms(words(num_places, *key, "schedule"))
+    low, high = np.zeros(num_places, np.int64), np.full(num_places, steps)
+    while (low < high).any():  # by halves, for steps may be many more than places
+        middle = (low + high) // 2
+        later = (low < high) & (filled_by(middle) <= chances)
+        low, high = np.where(later, middle + 1, low), np.where(later | (low >= high), high, middle)
+    return [int(k) for k in np.unique(low[low < steps], return_counts=True)[1]]
 
 
 def first_hitting_schedule(num_places: int, alpha_0: float, *key: int | str, epsilon: float = 1e-3) -> list[int]:
@@ -45,7 +52,8 @@ def uniform_schedule(num_places: int, alpha_0: float, steps: int) -> list[int]:
 
     Sizes differ by one at most, larger ones first; what is missing to `num_places` is sequential.
     """
-    return [len(part) for part in np.array_split(np.arange(round(alpha_0 * num_places)), steps) if len(part)]
+    count = round(alpha_0 * num_places)
+    return [len(part) for part in np.array_split(np.arange(count), max(min(steps, count), 1)) if len(part)]
 
 
 def draw_orders(
