@@ -70,21 +70,23 @@ def _data_show(args: argparse.Namespace) -> int:
 
 
 def _data_train_tokenizer(args: argparse.Namespace) -> int:
-    from esolm_megatron.data.prepare.inputs import cut, find_inputs, read_documents
+    from esolm_megatron.data.prepare.inputs import Bad, cut, find_inputs, read_documents
+    from esolm_megatron.data.prepare.text_field import TextField
     from esolm_megatron.data.tokenizer import train_tokenizer
 
     class TokenizerOptions(Section):
         output: str
         vocab_size: int = Field(32000, ge=257)
-        text_field: str = "text"
+        text_field: str | tuple[str, ...] = "text"
 
     chosen = options(TokenizerOptions, args.overrides)
+    where = TextField.of(chosen.text_field)
     texts = (
         document[0]
-        for file in find_inputs([args.path])
-        for piece in cut(file, 1 << 26, chosen.text_field)
-        for document in read_documents(piece, chosen.text_field)
-        if document is not None
+        for file in find_inputs([args.path]).files
+        for piece in cut(file, 1 << 26, where)
+        for document in read_documents(piece, where)
+        if not isinstance(document, Bad)
     )
     size = train_tokenizer(texts, chosen.vocab_size, chosen.output).vocab_size
     show(f"{chosen.output}: {size} tokens", lambda: {"folder": chosen.output, "vocab_size": size}, args.json)

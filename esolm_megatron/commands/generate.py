@@ -56,7 +56,7 @@ class ScoreOptions(Placed):
     text: str | None = None
     """The text to score."""
     file: str | None = None
-    """A file instead: each line of a .jsonl is a text, in its field `text`; any other file is one text."""
+    """A file instead, read as `esolm data prepare` reads: a line of a .jsonl is a text, in its field `text`; a .txt is one text."""
     prompt: str = ""
     """Text before it, which is given and not counted."""
     orders: int = Field(4, ge=1)
@@ -209,13 +209,16 @@ def texts_to_score(chosen: ScoreOptions) -> list[str]:
         raise ConfigError("text and file: give one of them")
     if chosen.text is not None:
         return [chosen.text]
-    path = Path(str(chosen.file))
-    if path.suffix != ".jsonl":
-        return [path.read_text(encoding="utf-8")]
+    from esolm_megatron.data.prepare.inputs import Bad, cut, place, read_documents
+
     texts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            texts.append(json.loads(line)["text"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f'{path}, line {number}: must be a JSON object with a field "text" ({error!r})') from None
+    for piece in cut(str(chosen.file), 1 << 62):
+        for found in read_documents(piece):
+            if isinstance(found, Bad):
+                raise ConfigError(
+                    f"file: {', '.join(filter(None, [place(piece, found.number), found.why, found.detail]))}"
+                )
+            texts.append(found[0])
+    if not texts:
+        raise ConfigError(f"file = {chosen.file!r}: has no text")
     return texts

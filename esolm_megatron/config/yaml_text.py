@@ -67,7 +67,9 @@ def value_of(word: str, kind: type[BaseModel]) -> Any:
         ConfigError: it is not YAML, or ` #` would begin a comment.
     """
     name, _, value = word.partition("=")
-    if is_text(_annotation(kind, name.split("."))) and value != "null":
+    annotation = _annotation(kind, name.split("."))
+    listed = value.startswith("[") and not is_text(annotation)
+    if is_text(annotation, or_list=True) and value != "null" and not listed:
         quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
         return parse(value, shown(word)) if quoted else value
     if " #" in value and not any(mark in value for mark in "'\""):
@@ -75,10 +77,10 @@ def value_of(word: str, kind: type[BaseModel]) -> Any:
     return parse(value, shown(word))
 
 
-def is_text(annotation: Any) -> bool:
-    """Whether a field holds text, or one of some words, and nothing else but perhaps null."""
+def is_text(annotation: Any, *, or_list: bool = False) -> bool:
+    """Whether a field holds text, or one of some words, and nothing else but perhaps null; or_list: or a list of texts."""
     if get_origin(annotation) in (Union, types.UnionType):
-        kinds = [x for x in get_args(annotation) if x is not type(None)]
+        kinds = [x for x in get_args(annotation) if x is not type(None) and not (or_list and get_origin(x) is tuple)]
         return bool(kinds) and all(map(is_text, kinds))
     if get_origin(annotation) is Literal:
         return all(isinstance(x, str) for x in get_args(annotation))

@@ -50,20 +50,19 @@ class Encoder:
         self.fast, self._definition = fast, tokenizer.canonical
         self._engine: Any = None if fast is not None else engine
 
-    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text as a uint32 array."""
+    def encode_arrays(self, texts: Sequence[str], slow: list[int] | None = None) -> list[np.ndarray]:
+        """Token ids of each text as a uint32 array. slow: gets the indices of those that the fast engine refused."""
         if self.fast is None:
             return self._slowly(texts)
-        try:
-            return [self.fast.encode_to_numpy(text, disallowed_special=()) for text in texts]
-        except ValueError:  # tiktoken's pattern has a bound: a million blanks in a row are beyond it
-            return [self._either_way(text) for text in texts]
-
-    def _either_way(self, text: str) -> np.ndarray:
-        try:
-            return self.fast.encode_to_numpy(text, disallowed_special=())
-        except ValueError:
-            return self._slowly([text])[0]
+        out = []
+        for index, text in enumerate(texts):
+            try:
+                out.append(self.fast.encode_to_numpy(text, disallowed_special=()))
+            except ValueError:  # tiktoken's pattern has a bound: a million blanks in a row are beyond it
+                out += self._slowly([text])
+                if slow is not None:
+                    slow.append(index)
+        return out
 
     def _slowly(self, texts: Sequence[str]) -> list[np.ndarray]:
         if (

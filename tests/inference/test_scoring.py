@@ -167,3 +167,23 @@ def test_the_terminal_shows_holes_until_they_are_filled():
     assert str(animation.drawn().renderables[1]) == "zcdb"
     assert "pass 2" in out.getvalue()
     assert "4 of 4 tokens" in out.getvalue()
+
+
+def test_files_are_read_as_prepare_reads_them(tmp_path):
+    """Lines end at line feeds alone; a byte order mark is no text; what is no text is one line that names its place."""
+    from esolm_megatron.commands.generate import ScoreOptions, texts_to_score
+    from esolm_megatron.errors import UserError
+
+    path = tmp_path / "x.jsonl"
+
+    def texts(data):
+        path.write_bytes(data.encode("utf-8", "surrogatepass"))
+        return texts_to_score(ScoreOptions(file=str(path)))
+
+    assert texts('\ufeff{"text": "a\u2028b"}\n\n{"text": "c"}') == ["a\u2028b", "c"]
+    for line, why in (('{"text": 5}', "field 'text' is no text, but a int"), ('{"text": null}', "is null"), ("no", "no JSON"),
+                      ('{"text": "\\ud800"}', "half of a surrogate pair"), ("[1]", "no JSON object, but a list")):  # fmt: skip
+        with pytest.raises(UserError, match=f"file: .*x.jsonl, line 2.*{why}"):
+            texts('{"text": "a"}\n' + line)
+    with pytest.raises(UserError, match="has no text"):
+        texts("\n")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
+from esolm_megatron.data.prepare.text_field import NoText, TextField
 from esolm_megatron.errors import ConfigError, optional
 
 SCHEME = "hf://"
@@ -53,8 +54,8 @@ def pinned(address: str) -> str:
     return f"{SCHEME}{name}?" + "&".join(f"{key}={value}" for key, value in {**given, "revision": sha}.items())
 
 
-def text_fields(address: str) -> dict[str, bool]:
-    """For each field of the dataset, whether it holds text.
+def text_fields(address: str, field: TextField) -> tuple[bool, dict[str, bool]]:
+    """Whether the dataset has the text, and for each of its fields, whether that holds text.
 
     Raises:
         ConfigError: it cannot be opened.
@@ -65,8 +66,21 @@ def text_fields(address: str) -> dict[str, bool]:
             first: dict[str, Any] = next(iter(rows), {})
         except Exception as error:
             raise _unreachable(address, error) from error
-        return {name: isinstance(value, str) for name, value in first.items()}
-    return {name: getattr(kind, "dtype", "") in ("string", "large_string") for name, kind in rows.features.items()}
+    else:
+        first = _example(rows.features)
+    fields = {name: isinstance(value, str) for name, value in first.items()}
+    try:
+        field.text(first)
+    except NoText:
+        return False, fields
+    return True, fields
+
+
+def _example(kind: Any) -> Any:
+    """A value of a kind of feature: texts in the places of texts."""
+    if isinstance(kind, dict):
+        return {name: _example(inner) for name, inner in kind.items()}
+    return "" if getattr(kind, "dtype", "") in ("string", "large_string") else 0
 
 
 def cut(address: str, piece_bytes: int) -> list[tuple[int, int, int]]:
@@ -88,20 +102,19 @@ def cut(address: str, piece_bytes: int) -> list[tuple[int, int, int]]:
     return [(shard, shard + 1, size) for shard in range(rows.num_shards)]
 
 
-def read(address: str, start: int, stop: int, text_field: str) -> Iterator[Any]:
-    """What rows [start, stop) of a saved dataset, or those of shard `start` of a streamed one, have in `text_field`.
+def read(address: str, start: int, stop: int, field: TextField) -> Iterator[Any]:
+    """Rows [start, stop) of a saved dataset, or those of shard `start` of a streamed one, with what `field` names.
 
     Raises:
         OSError: reading failed.
     """
     rows = _opened(address)
-    part = (
-        rows.select_columns([text_field]).select(range(start, stop))
-        if _saved(address)
-        else rows.shard(rows.num_shards, start)
+    names = (
+        [name if name in rows.column_names else name.split(".")[0] for name in field.names] if _saved(address) else []
     )
+    part = rows.select_columns(names).select(range(start, stop)) if names else rows.shard(rows.num_shards, start)
     try:
-        yield from (row.get(text_field) for row in part)
+        yield from part
     except Exception as error:  # each builder has errors of its own
         raise OSError(f"{type(error).__name__}: {error}") from error
 

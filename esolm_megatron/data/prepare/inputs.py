@@ -1,36 +1,46 @@
 """Documents from files, folders, standard input and Hugging Face datasets, in pieces that several processes read.
 
-    .txt .py .md            a file is a document
+    .txt .py .md            a file is a document; also .txt.gz and .txt.zst
     .jsonl                  a line is a document; cut by bytes, a line belongs to the piece in which it begins
     .jsonl.gz .jsonl.zst    the same, but a file is one piece: packed bytes can only be read from their start
     .parquet                a row is a document; cut by row groups
     hf://NAME?split=train   a row is a document; a streamed dataset is cut by its shards, a saved one by rows
 
-A piece read again gives the same documents in the same order; that is what restarts rest on.
+Endings count in any case. A piece read again gives the same documents in the same order; that is what restarts rest on.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+import os
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic_core import from_json
 
 from esolm_megatron.data.prepare import hf_datasets
+from esolm_megatron.data.prepare.text_field import NoText, TextField
 from esolm_megatron.errors import ConfigError, optional
 
 STDIN = "-"
-LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-SUFFIXES = (".txt", ".py", ".md", *LINES, ".parquet")
+_PACKED = (".gz", ".zst")
+_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+SUFFIXES = (".txt", ".txt.gz", ".txt.zst", ".py", ".md", *_LINES, ".parquet")
 
 _READ_BYTES = 1 << 16
 _BUFFER_BYTES = 1 << 20
 _ROWS = 256
+TEXT = TextField(("text",))
+
+_LINES_TRIED = 100
+"""First lines of a file among which one must have a text."""
+_BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -46,88 +56,148 @@ class Piece:
     """Number of the entry of `inputs` that it is from."""
 
 
+class Bad(NamedTuple):
+    """A document that is no text: why, its number as `place` takes it, and what in it."""
+
+    why: str
+    number: int
+    detail: str = ""
+
+
+Found = tuple[str, bytes, int] | Bad
+"""Text and UTF-8 bytes of a document, and its number."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the entries of `inputs` stand for. files: each file or dataset, and its entry. skipped: files of other kinds."""
+
+    files: dict[str, int] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        """What is skipped, for a report; empty where nothing is."""
+        if not self.skipped:
+            return ""
+        kinds = Counter("".join(Path(name).suffixes[-2:]) or "no ending" for name in self.skipped)
+        named = ", ".join(f"{kind} {count:,}" for kind, count in kinds.most_common(5))
+        return f"not read, of other kinds: {len(self.skipped):,} files ({named}), as {self.skipped[0]}"
+
+
 class Meter:
     """How much of a piece has been read, in the unit of `Piece.bytes`."""
 
     done: int = 0
 
 
-def find_inputs(inputs: Iterable[str]) -> dict[str, int]:
-    """The files and datasets that `inputs` (files, folders, globs, hf://) stand for, and the entry each is from.
+def find_inputs(inputs: Iterable[str]) -> Inputs:
+    """The files and datasets that `inputs` (files, folders, globs, hf://) stand for.
 
-    Entries in order, each one's files by path. Folders are searched through, but for names that begin with a dot. A file
-    named twice is given once. Standard input, `-`, stands for nothing here: `prepare` copies it into a file first.
+    Entries in order, each one's files by path. Folders are searched through, links to folders too, but for names that begin
+    with a dot. A file named twice is given once. Standard input, `-`, stands for nothing here: `prepare` copies it into a file
+    first.
 
     Raises:
         ConfigError: an entry stands for no file of a known kind; one line for each such entry.
     """
-    found: dict[str, int] = {}
+    out = Inputs()
     problems: list[str] = []
     for number, name in enumerate(inputs):
         path = Path(name)
         if name == STDIN:
             continue
         if name.startswith(hf_datasets.SCHEME):
-            found.setdefault(name, number)
-        elif path.is_file() and not name.endswith(SUFFIXES):
+            out.files.setdefault(name, number)
+        elif path.is_file() and not _is(name, SUFFIXES):
             problems.append(f"inputs.{number} = {name!r}: must end in one of {', '.join(SUFFIXES)}")
         else:
-            files = [path] if path.is_file() else _below(path)
+            below = [path] if path.is_file() else _below(path)
+            files = [file for file in below if _is(file.name, SUFFIXES)]
+            out.skipped.extend(str(file) for file in below if not _is(file.name, SUFFIXES))
             if not files:
                 problems.append(f"inputs.{number} = {name!r}: no file there that ends in one of {', '.join(SUFFIXES)}")
             for file in files:
-                found.setdefault(str(file), number)
+                out.files.setdefault(str(file), number)
     if problems:
         raise ConfigError("\n".join(problems))
-    return found
+    return out
+
+
+def _is(name: str, endings: tuple[str, ...]) -> bool:
+    return name.lower().endswith(endings)
 
 
 def _below(path: Path) -> list[Path]:
+    """All files of a folder or glob, sorted."""
     if path.is_dir():
-        paths = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
+        found: list[Path] = []
+        seen: set[tuple[int, int]] = set()
+        for folder, names, files in os.walk(path, followlinks=True):
+            names[:] = sorted(name for name in names if not name.startswith("."))
+            there = os.stat(folder)
+            if (there.st_dev, there.st_ino) in seen:  # a link to a folder around it, or to one that was read
+                names.clear()
+                continue
+            seen.add((there.st_dev, there.st_ino))
+            found += [Path(folder) / name for name in files if not name.startswith(".")]
     else:
-        paths = Path(path.anchor).glob(path.relative_to(path.anchor).as_posix())
-    return sorted((p for p in paths if p.name.endswith(SUFFIXES) and p.is_file()), key=lambda p: p.as_posix())
+        found = list(Path(path.anchor).glob(path.relative_to(path.anchor).as_posix()))
+    return sorted((p for p in found if p.is_file()), key=lambda p: p.as_posix())
 
 
-def check_input(path: str, text_field: str) -> None:
-    """Nothing, if the input opens and what begins it (first line, columns) has its text in `text_field`.
+def check_input(path: str, field: TextField) -> None:
+    """Nothing, if the input opens and what begins it (first lines, columns) has a text in `field`.
 
     Raises:
         ConfigError: it cannot be read, has no such text, or needs a package that is not there.
     """
-    fields: dict[str, bool] = {text_field: True}
     try:
         if path.startswith(hf_datasets.SCHEME):
-            fields = hf_datasets.text_fields(path)
-        elif path.endswith(".parquet"):
-            fields = {name: "string" in str(kind) for name, kind in _parquet_schema(path)}
-        elif path.endswith(LINES):
-            fields = _line_fields(path, text_field)
+            has, fields = hf_datasets.text_fields(path, field)
+        elif _is(path, (".parquet",)):
+            has, fields = _parquet_fields(path, field)
+        elif _is(path, _LINES):
+            has, fields = _line_fields(path, field)
+        else:
+            return
     except (OSError, EOFError, ValueError, zlib.error) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{path}: cannot be read: {error}; repair or leave out the file") from error
-    if not fields.get(text_field):
+    if not has:
         found = ", ".join(f"{name}{'' if text else ' (no text)'}" for name, text in fields.items())
-        where = f"the first line of {path}" if path.endswith(LINES) else path
-        raise ConfigError(f"text_field = {text_field!r}: {where} has no such text, but the fields {found or 'none'}")
+        where = f"the first {_LINES_TRIED} lines of {path}" if _is(path, _LINES) else path
+        raise ConfigError(f"text_field = {field}: {where}: no such text, but the fields {found or 'none'}")
 
 
-def _line_fields(path: str, text_field: str) -> dict[str, bool]:
-    line = next(_lines(Piece(path, 0, 1), Meter()), b"")
-    try:
-        tree = json.loads(line) if line.strip() else {text_field: ""}
-    except ValueError as error:
-        raise ConfigError(
-            f"{path}: the first line cannot be read as JSON: {error}; repair or leave out the file"
-        ) from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: the first line is no JSON object, but a {type(tree).__name__}; leave out the file")
-    return {name: isinstance(value, str) for name, value in tree.items()}
+def _line_fields(path: str, field: TextField) -> tuple[bool, dict[str, bool]]:
+    """Whether one of the first lines has a text, and the fields of the first record; an empty file is no problem."""
+    fields: dict[str, bool] = {}
+    problem, blank = None, True
+    for _, line in islice(_lines(Piece(path, 0, 1 << 62), Meter()), _LINES_TRIED):
+        if line.isspace():
+            continue
+        blank = False
+        try:
+            tree = _parse(line)
+        except ValueError as error:
+            problem = problem or f"the first line cannot be read as JSON: {error}"
+            continue
+        if not isinstance(tree, dict):
+            problem = problem or f"the first line is no JSON object, but a {type(tree).__name__}"
+            continue
+        fields = {name: isinstance(value, str) for name, value in tree.items()} | fields
+        try:
+            field.text(tree)
+        except NoText:
+            continue
+        return True, fields
+    if problem and not fields:
+        raise ConfigError(f"{path}: {problem}; repair or leave out the file")
+    return blank, fields
 
 
-def cut(path: str | Path, piece_bytes: int, text_field: str = "text", entry: int = 0) -> list[Piece]:
+def cut(path: str | Path, piece_bytes: int, field: TextField = TEXT, entry: int = 0) -> list[Piece]:
     """The pieces of an input, of about `piece_bytes` where its kind can be cut.
 
     Raises:
@@ -136,44 +206,64 @@ def cut(path: str | Path, piece_bytes: int, text_field: str = "text", entry: int
     path = str(path)
     if path.startswith(hf_datasets.SCHEME):
         return [Piece(path, start, stop, size, entry) for start, stop, size in hf_datasets.cut(path, piece_bytes)]
-    if path.endswith(".parquet"):
-        return _cut_parquet(path, piece_bytes, text_field, entry)
+    if _is(path, (".parquet",)):
+        return _cut_parquet(path, piece_bytes, field, entry)
     size = Path(path).stat().st_size
-    step = piece_bytes if path.endswith(".jsonl") else size
+    step = piece_bytes if _is(path, (".jsonl",)) else size
     bounds = ((start, min(start + step, size)) for start in range(0, size, max(step, 1)))
     return [Piece(path, start, stop, stop - start, entry) for start, stop in bounds]
 
 
-def read_documents(piece: Piece, text_field: str, meter: Meter | None = None) -> Iterator[tuple[str, bytes] | None]:
-    """Text and UTF-8 bytes of each document of `piece`, in order; None for one that is no text.
+def read_documents(
+    piece: Piece, field: TextField = TEXT, encoding: str = "utf-8", meter: Meter | None = None
+) -> Iterator[Found]:
+    """The documents of `piece`, in order. encoding: of files that are a document; all else is UTF-8.
 
     Raises:
         OSError, EOFError: the input cannot be read to its end.
     """
     meter = meter or Meter()
-    if piece.path.endswith(LINES):
-        for line in _lines(piece, meter):
+    if _is(piece.path, _LINES):
+        for number, line in _lines(piece, meter):
             if not line.isspace():
-                yield _parse_line(line, text_field)
+                yield _parse_line(line, field, number)
     elif piece.path.startswith(hf_datasets.SCHEME):
-        yield from map(_with_bytes, hf_datasets.read(piece.path, piece.start, piece.stop, text_field))
-    elif piece.path.endswith(".parquet"):
-        yield from map(_with_bytes, _parquet_texts(piece, text_field, meter))
+        yield from _texts(hf_datasets.read(piece.path, piece.start, piece.stop, field), field, piece.start)
+    elif _is(piece.path, (".parquet",)):
+        yield from _parquet_texts(piece, field, meter)
     else:
-        data = Path(piece.path).read_bytes()
-        try:
-            yield data.decode("utf-8"), data
-        except UnicodeDecodeError:
-            yield None
+        yield _whole(b"".join(_chunks_of(piece.path, meter)), encoding)
     meter.done = piece.bytes
 
 
-def _parse_line(line: bytes, text_field: str) -> tuple[str, bytes] | None:
+def place(piece: Piece, number: int) -> str:
+    """Where a document of `piece` is, for people."""
+    if _is(piece.path, _LINES):
+        return f"{piece.path}, {'the line at byte' if piece.start else 'line'} {number}"
+    rows = piece.path.startswith(hf_datasets.SCHEME) or _is(piece.path, (".parquet",))
+    return f"{piece.path}, row {number}" if rows else piece.path
+
+
+def _whole(data: bytes, encoding: str) -> Found:
     try:
-        text = _parse(line)[text_field]
-        return text, text.encode("utf-8")
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return None
+        text = data.removeprefix(_BOM).decode(encoding) if encoding == "utf-8" else data.decode(encoding)
+        return text, data.removeprefix(_BOM) if encoding == "utf-8" else text.encode(), 0
+    except UnicodeDecodeError as error:
+        return Bad(f"not {encoding}, set encoding", 0, f"byte {error.start} is {data[error.start]:#04x}")
+    except UnicodeEncodeError as error:
+        return Bad(f"not {encoding}, set encoding", 0, error.reason)
+
+
+def _parse_line(line: bytes, field: TextField, number: int) -> Found:
+    try:
+        text = field.text(_parse(line))
+        return text, text.encode("utf-8"), number
+    except NoText as error:
+        return Bad(str(error), number)
+    except UnicodeError:
+        return Bad("half of a surrogate pair, or bytes that are no UTF-8", number)
+    except (ValueError, RecursionError) as error:
+        return Bad("no JSON", number, str(error))
 
 
 def _parse(line: bytes) -> Any:
@@ -187,30 +277,50 @@ def _parse(line: bytes) -> Any:
         return json.loads(line)
 
 
-def _with_bytes(text: Any) -> tuple[str, bytes] | None:
-    try:
-        return text, text.encode("utf-8")
-    except (AttributeError, UnicodeEncodeError):
-        return None
+def _texts(records: Iterable[Any], field: TextField, start: int) -> Iterator[Found]:
+    for number, record in enumerate(records, start):
+        try:
+            text = field.text(record)
+            yield text, text.encode("utf-8"), number
+        except NoText as error:
+            yield Bad(str(error), number)
+        except UnicodeEncodeError:
+            yield Bad("half of a surrogate pair", number)
 
 
-def _lines(piece: Piece, meter: Meter) -> Iterator[bytes]:
-    if piece.path.endswith((".gz", ".zst")):
-        with open(piece.path, "rb") as stored:
-            gz = piece.path.endswith(".gz")
-            for line in gzip.GzipFile(fileobj=stored) if gz else _split(_unpack_zst(piece.path, stored)):
-                meter.done = stored.tell()
-                yield line
+def _lines(piece: Piece, meter: Meter) -> Iterator[tuple[int, bytes]]:
+    """Lines with their numbers, from 1; in a piece from within a file, with the bytes that they begin at."""
+    first = True
+    if _is(piece.path, _PACKED):
+        for number, line in enumerate(_split(_chunks_of(piece.path, meter)), 1):
+            yield number, line.removeprefix(_BOM) if number == 1 else line
         return
     with open(piece.path, "rb", _BUFFER_BYTES) as file:
         if piece.start:
             file.seek(piece.start - 1)
             file.readline()
-        place = file.tell()
-        while place < piece.stop and (line := file.readline()):
-            place += len(line)
-            meter.done = place - piece.start
-            yield line
+        begin = file.tell()
+        number = 0
+        while begin < piece.stop and (line := file.readline()):
+            number += 1
+            meter.done = begin + len(line) - piece.start
+            if first and not piece.start:
+                line = line.removeprefix(_BOM)
+            yield begin if piece.start else number, line
+            begin, first = piece.start + meter.done, False
+
+
+def _chunks_of(path: str, meter: Meter) -> Iterator[bytes]:
+    """The bytes of a file, unpacked if they are packed."""
+    with open(path, "rb") as stored:
+        if _is(path, (".zst",)):
+            chunks = _unpack_zst(path, stored)
+        else:
+            file: Any = gzip.GzipFile(fileobj=stored) if _is(path, (".gz",)) else stored
+            chunks = iter(lambda: file.read(_READ_BYTES), b"")
+        for chunk in chunks:
+            meter.done = stored.tell()
+            yield chunk
 
 
 def _unpack_zst(path: str, stored: Any) -> Iterator[bytes]:
@@ -254,31 +364,39 @@ def _parquet(path: str) -> Any:
         raise OSError(str(error)) from error
 
 
-def _parquet_schema(path: str) -> list[tuple[str, Any]]:
+def _parquet_fields(path: str, field: TextField) -> tuple[bool, dict[str, bool]]:
+    """Whether the columns have the text, and all columns."""
     with _parquet(path) as file:
-        return list(zip(file.schema_arrow.names, file.schema_arrow.types, strict=True))
+        schema = file.schema_arrow
+        texts = ("string", "large_string", "dictionary<values=string", "dictionary<values=large_string")
+        fields = {name: str(kind).startswith(texts) for name, kind in zip(schema.names, schema.types, strict=True)}
+        leaves = {file.schema.column(n).path for n in range(len(file.schema.names))}
+    nested = [name for name in field.names if name not in fields and name in leaves]
+    return bool(nested) or any(fields.get(name) for name in field.names), fields
 
 
-def _cut_parquet(path: str, piece_bytes: int, text_field: str, entry: int) -> list[Piece]:
+def _cut_parquet(path: str, piece_bytes: int, field: TextField, entry: int) -> list[Piece]:
     pieces: list[Piece] = []
     with _parquet(path) as file:
         start = size = 0
         for group in range(file.num_row_groups):
             columns = (file.metadata.row_group(group).column(n) for n in range(file.metadata.num_columns))
-            size += sum(c.total_uncompressed_size for c in columns if c.path_in_schema == text_field)
+            size += sum(c.total_uncompressed_size for c in columns if c.path_in_schema in field.names)
             if size >= piece_bytes or group == file.num_row_groups - 1:
                 pieces.append(Piece(path, start, group + 1, size, entry))
                 start, size = group + 1, 0
     return pieces
 
 
-def _parquet_texts(piece: Piece, text_field: str, meter: Meter) -> Iterator[Any]:
+def _parquet_texts(piece: Piece, field: TextField, meter: Meter) -> Iterator[Found]:
     groups = range(piece.start, piece.stop)
     with _parquet(piece.path) as file:
-        total, seen = sum(file.metadata.row_group(group).num_rows for group in groups), 0
+        counts = [file.metadata.row_group(group).num_rows for group in range(piece.stop)]
+        before, total, seen = sum(counts[: piece.start]), sum(counts[piece.start :]), 0
+        options: dict[str, Any] = {"columns": list(field.names), "use_threads": False}
         try:
-            for batch in file.iter_batches(_ROWS, row_groups=list(groups), columns=[text_field], use_threads=False):
-                yield from batch.column(0).to_pylist()
+            for batch in file.iter_batches(_ROWS, row_groups=list(groups), **options):
+                yield from _texts(batch.to_pylist(), field, before + seen)
                 seen += len(batch)
                 meter.done = piece.bytes * seen // total
         except ValueError as error:  # ArrowInvalid

@@ -33,6 +33,7 @@ from esolm_megatron.data.prepare import hf_datasets, tasks
 from esolm_megatron.data.prepare.inputs import STDIN, Piece, check_input, cut, find_inputs
 from esolm_megatron.data.prepare.prepare_config import PrepareConfig, checked, load_prepare_config
 from esolm_megatron.data.prepare.tasks import REASONS, Advance, Rules, Task
+from esolm_megatron.data.prepare.text_field import TextField
 from esolm_megatron.data.prepare.workers import workers
 from esolm_megatron.data.shards import Manifest, ShardReader
 from esolm_megatron.data.shards.format import BLOCK_DTYPE, FORMAT_VERSION, SourceCounts, write_manifest
@@ -56,6 +57,8 @@ class Summary:
     tasks: int
     tasks_resumed: int
     """Tasks that an earlier, interrupted call had finished."""
+    notes: tuple[str, ...] = ()
+    """What happened to single documents, and files that are of no known kind; of a folder found finished only the latter."""
 
     def __str__(self) -> str:
         sources = self.manifest.sources
@@ -63,6 +66,7 @@ class Summary:
         lines += [f"left out: {_left_out(self.manifest.documents)}"]
         if len(sources) > 1:
             lines += [f"from {s.name}: {s.documents['kept']:,} kept, {_left_out(s.documents)}" for s in sources]
+        lines += self.notes
         return "\n".join([*lines, f"{self.manifest.text_bytes:,} bytes of text in {len(self.manifest.shards)} shards"])
 
 
@@ -85,9 +89,9 @@ def prepare(config: PrepareConfig, progress: bool = True, stdin: BinaryIO | None
         raise ConfigError("\n".join(problems))
     folder = Path(config.output)
     with _claimed(folder), _space(folder):
-        old = _begun(folder)
+        old, notes = _begun(folder), list[str]()
         spooled = _spool(config, folder, old, stdin or sys.stdin.buffer) if STDIN in config.inputs else None
-        streamed = [name for name in find_inputs(config.inputs) if name.startswith(hf_datasets.SCHEME)]
+        streamed = [name for name in find_inputs(config.inputs).files if name.startswith(hf_datasets.SCHEME)]
         pinned = old.get("pinned") or {name: hf_datasets.pinned(name) for name in streamed}
         work = _tasks(config, pinned, folder)
         identity = {**_identity(config, tokenizer.fingerprint, work), "stdin": spooled, "pinned": pinned}
@@ -100,11 +104,12 @@ def prepare(config: PrepareConfig, progress: bool = True, stdin: BinaryIO | None
             encoder = tokenizer.encoder
             del tokenizer  # of tens of thousands of lists, which every collection of garbage would look through
             resumed = _run_tasks(config, folder, encoder, work, progress)
-            _finish(config, folder, encoder, work)
+            notes = _finish(config, folder, encoder, work)
         for name in ("work", "stdin"):
             shutil.rmtree(folder / name, ignore_errors=True)
     manifest = ShardReader(folder).manifest
-    return Summary(folder, manifest, time.monotonic() - began, len(work), resumed)
+    notes += filter(None, [str(find_inputs(config.inputs))])
+    return Summary(folder, manifest, time.monotonic() - began, len(work), resumed, tuple(notes))
 
 
 @contextlib.contextmanager
@@ -199,21 +204,21 @@ def _spool(config: PrepareConfig, folder: Path, old: dict[str, Any], stdin: Bina
     if not whole:
         os.replace(temporary, path)
         if config.stdin_format == "jsonl":
-            check_input(str(path), config.text_field)
+            check_input(str(path), TextField.of(config.text_field))
         write_durably(seal, found.encode())
     return known or found
 
 
 def _tasks(config: PrepareConfig, pinned: dict[str, str], folder: Path) -> list[Task]:
     """The inputs cut into tasks of about task_bytes, by sizes alone; small files share a task."""
-    places = list(find_inputs(config.inputs).items())
+    places = list(find_inputs(config.inputs).files.items())
     if STDIN in config.inputs and _spool_path(config, folder).exists():
         places.append((str(_spool_path(config, folder)), config.inputs.index(STDIN)))
     made: list[Task] = []
     pieces: list[Piece] = []
     size = 0
     for path, entry in sorted(places, key=lambda place: place[1]):
-        for piece in cut(pinned.get(path, path), config.task_bytes, config.text_field, entry):
+        for piece in cut(pinned.get(path, path), config.task_bytes, TextField.of(config.text_field), entry):
             pieces.append(piece)
             size += piece.bytes
             if size >= config.task_bytes or not piece.bytes:
@@ -295,8 +300,8 @@ def _source_name(entry: str) -> str:
     return hf_datasets.SCHEME + (Path(name).name if Path(name).exists() else name)
 
 
-def _finish(config: PrepareConfig, folder: Path, encoder: Encoder, work: list[Task]) -> None:
-    """Put the records together: index, then manifest."""
+def _finish(config: PrepareConfig, folder: Path, encoder: Encoder, work: list[Task]) -> list[str]:
+    """Put the records together: index, then manifest. Returns what happened to single documents."""
     records = [json.loads(tasks.record_path(folder, task).read_text()) for task in work]
     sources = []
     for entry, name in enumerate(config.inputs):
@@ -306,10 +311,14 @@ def _finish(config: PrepareConfig, folder: Path, encoder: Encoder, work: list[Ta
         text_bytes = counts.pop("text_bytes")
         sources.append(SourceCounts(name=_source_name(name), text_bytes=text_bytes, documents=dict(counts)))
     total = {fate: sum(source.documents[fate] for source in sources) for fate in ("read", "kept", *REASONS)}
+    together = tasks.Notes()
+    for record in records:
+        for why, (count, first) in record.get("notes", {}).items():
+            together.add(why, first, count)
+    notes = [f"{count:,} {why}; the first: {first}" for why, (count, first) in together.items()]
     if not total["kept"]:
-        raise DataError(
-            f"no document is left of {total['read']}: {_left_out(total)}; check inputs, text_field and the limits of length"
-        )
+        said = f"no document is left of {total['read']}: {_left_out(total)}; check inputs, text_field and the limits of length"
+        raise DataError("\n".join([said, *notes]))
     rows: list[tuple[int, ...]] = []
     shards: list[dict[str, Any]] = []
     splits = {}
@@ -336,3 +345,4 @@ def _finish(config: PrepareConfig, folder: Path, encoder: Encoder, work: list[Ta
         "shards": shards,
     }
     write_manifest(folder, manifest, np.array(rows, BLOCK_DTYPE))
+    return notes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from pathlib import Path
 from typing import Literal
 
@@ -9,6 +10,7 @@ from pydantic import Field, ValidationError
 
 from esolm_megatron.config.section import Section, field_problems, nearest
 from esolm_megatron.data.prepare.inputs import check_input, find_inputs
+from esolm_megatron.data.prepare.text_field import TextField
 from esolm_megatron.data.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 from esolm_megatron.errors import ConfigError
 
@@ -17,16 +19,20 @@ class PrepareConfig(Section):
     """How documents become shards of tokens."""
 
     inputs: tuple[str, ...] = Field(min_length=1)
-    """Files, folders and globs of .txt, .py, .md (a document each), .jsonl, .jsonl.gz, .jsonl.zst (a document a line) and
-    .parquet (a document a row); hf://NAME?config=C&split=S&revision=R, a Hugging Face dataset; -, standard input."""
+    """Files, folders and globs of .txt, .txt.gz, .txt.zst, .py, .md (a document each), .jsonl, .jsonl.gz, .jsonl.zst (a document
+    a line) and .parquet (a document a row); hf://NAME?config=C&split=S&revision=R, a Hugging Face dataset; -, standard input."""
     output: str = Field(min_length=1)
     """Folder that is written."""
     tokenizer: str = "bytes"
     """bytes, a folder of the tokenizers or transformers library, or hf://NAME of the Hugging Face hub."""
     end_of_text: str | None = None
     """Token that ends each document; null means the one that the tokenizer's folder names, or <|endoftext|>."""
-    text_field: str = "text"
-    """Field or column that holds the text."""
+    text_field: str | tuple[str, ...] = "text"
+    """Field or column that holds the text; content.text is one inside another; [title, body] are put together, a line each."""
+    encoding: str = "utf-8"
+    """Of files that are a document, as latin-1; JSON is UTF-8."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What a document that no engine can encode does: end the run, or be left out and counted."""
     stdin_format: Literal["jsonl", "text"] = "jsonl"
     """What standard input holds: a document in each line, or one document."""
     validation_fraction: float = Field(0.005, ge=0, lt=1)
@@ -87,8 +93,14 @@ def checked(config: PrepareConfig) -> tuple[list[str], Tokenizer | None]:
         if most is not None and most < least:
             out.append(f"max_document_{unit} = {most}: must be min_document_{unit} = {least} or more")
     try:
-        for path in find_inputs(c.inputs):
-            check_input(path, c.text_field)
+        codecs.lookup(c.encoding)
+    except LookupError:
+        out.append(f"encoding = {c.encoding!r}: Python knows none of that name; as utf-8, latin-1, cp1252, utf-16")
+    if not c.text_field or not all(TextField.of(c.text_field).names):
+        out.append(f"text_field = {c.text_field!r}: name a field")
+    try:
+        for path in find_inputs(c.inputs).files:
+            check_input(path, TextField.of(c.text_field))
     except ConfigError as error:
         out.append(str(error))
     try:

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
-from esolm_megatron.data.prepare.inputs import Meter, Piece, read_documents
+from esolm_megatron.data.prepare.inputs import Bad, Found, Meter, Piece, place, read_documents
+from esolm_megatron.data.prepare.text_field import TextField
 from esolm_megatron.data.shards.writer import SPLITS, Packer, ShardWriter, npy_bytes, write_durably
 from esolm_megatron.data.stream.shuffle import permutation
 from esolm_megatron.data.tokenizer import Encoder
@@ -36,6 +37,16 @@ Advance = Callable[[int], None]
 """Told how many bytes of the task, as stored, are done."""
 Counts = dict[int, Counter[str]]
 """Documents by entry of `inputs` and fate, and `text_bytes`, the bytes of those that are kept."""
+SLOWLY = "encoded by the slow engine, for tiktoken refuses it"
+
+
+class Notes(dict[str, tuple[int, str]]):
+    """What happened to single documents: how often, and where first."""
+
+    def add(self, why: str, where: str, count: int = 1) -> None:
+        """Once more, or `count` times."""
+        before, first = self.get(why, (0, where))
+        self[why] = before + count, first
 
 
 class Document(NamedTuple):
@@ -45,13 +56,18 @@ class Document(NamedTuple):
     size: int
     """Bytes of UTF-8."""
     hash: int
+    piece: Piece
+    number: int
+    """In the piece, as `place` takes it."""
 
 
 @dataclass(frozen=True)
 class Rules:
     """The fields of a PrepareConfig that tasks go by, without pydantic: processes start sooner."""
 
-    text_field: str
+    text_field: TextField
+    encoding: str
+    on_error: str
     validation_fraction: float
     block_tokens: int
     shard_tokens: int
@@ -66,7 +82,8 @@ class Rules:
     @classmethod
     def of(cls, config: object) -> Rules:
         """Those of a PrepareConfig."""
-        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
+        values = {field.name: getattr(config, field.name) for field in fields(cls)}
+        return cls(**{**values, "text_field": TextField.of(values["text_field"])})
 
 
 @dataclass(frozen=True)
@@ -108,11 +125,11 @@ def is_done(folder: Path, task: Task) -> bool:
 
 def scan(task: Task, advance: Advance, rules: Rules, folder: Path) -> None:
     """Write the hash of each document of a task."""
-    rows, place = [], Meter()
-    for _, _, data in _documents(task, rules, {}, place):
+    rows, meter = [], Meter()
+    for _, _, data, _ in _documents(task, rules, {}, Notes(), meter):
         rows.append(xxh3_64_intdigest(data))
         if len(rows) % _ADVANCE_DOCUMENTS == 0:
-            advance(place.done)
+            advance(meter.done)
     write_durably(scan_path(folder, task), npy_bytes(np.array(rows, SCAN_DTYPE)))
 
 
@@ -154,13 +171,13 @@ def tokenize(task: Task, advance: Advance, rules: Rules, folder: Path, encoder: 
         packers[split] = Packer(writer, stem, rules.block_tokens, token_dtype(encoder), encoder.eos_id)
     train, validation = packers["train"], packers["validation"]
     counts: Counts = {}
-    place, before, limit = Meter(), 0, round(rules.validation_fraction * 1_000_000)
-    for number, chunk in enumerate(_chunks(_kept(task, rules, folder, counts, place), rules.task_bytes)):
+    notes = Notes()
+    meter, before, limit = Meter(), 0, round(rules.validation_fraction * 1_000_000)
+    for number, chunk in enumerate(_chunks(_kept(task, rules, folder, counts, notes, meter), rules.task_bytes)):
         order = permutation(len(chunk), rules.seed, "documents", task.number, number).tolist()
-        size, done, read = sum(document.size for document in chunk), 0, place.done - before
+        size, done, read = sum(document.size for document in chunk), 0, meter.done - before
         for batch in _chunks((chunk[index] for index in order), _BATCH_BYTES):
-            arrays = encoder.encode_arrays([document.text for document in batch])
-            for ids, document in zip(arrays, batch, strict=True):
+            for ids, document in _encoded(batch, encoder, rules, counts, notes):
                 (validation if document.hash % 1_000_000 < limit else train).add(ids)
                 done += document.size
             advance(before + read * done // size)
@@ -169,7 +186,7 @@ def tokenize(task: Task, advance: Advance, rules: Rules, folder: Path, encoder: 
     for split, packer in packers.items():
         packer.close()
         splits[split] = {"documents": packer.documents, "tokens": packer.tokens, "shards": packer.writer.shards}
-    write_durably(record_path(folder, task), json.dumps({"counts": counts, "splits": splits}).encode())
+    write_durably(record_path(folder, task), json.dumps({"counts": counts, "notes": notes, "splits": splits}).encode())
 
 
 def token_dtype(encoder: Encoder) -> np.dtype:
@@ -177,44 +194,77 @@ def token_dtype(encoder: Encoder) -> np.dtype:
     return np.dtype("<u2" if encoder.vocab_size < 1 << 16 else "<u4")
 
 
-def _documents(task: Task, rules: Rules, counts: Counts, place: Meter) -> Iterator[tuple[int, str, bytes]]:
-    """Entry, text and UTF-8 bytes of the documents of a task that are readable and neither too short nor too long."""
+def _encoded(
+    batch: list[Document], encoder: Encoder, rules: Rules, counts: Counts, notes: Notes
+) -> Iterator[tuple[np.ndarray, Document]]:
+    """Token ids of the documents; one that no engine encodes is named, and ends the task or is left out."""
+    try:
+        slow: list[int] = []
+        arrays = encoder.encode_arrays([document.text for document in batch], slow)
+        for index in slow:
+            notes.add(SLOWLY, place(batch[index].piece, batch[index].number))
+        yield from zip(arrays, batch, strict=True)
+        return
+    except Exception as error:  # the library raises whatever its parts do
+        if len(batch) == 1:
+            (document,) = batch
+            where = place(document.piece, document.number)
+            if rules.on_error == "stop":
+                said = f"{where}: cannot be encoded: {type(error).__name__}: {error}; repair it, or set on_error=skip"
+                raise DataError(said) from error
+            notes.add("that no engine can encode", f"{where}, {type(error).__name__}: {error}")
+            counts[document.piece.entry].update(kept=-1, unreadable=1, text_bytes=-document.size)
+            return
+    for document in batch:
+        yield from _encoded([document], encoder, rules, counts, notes)
+
+
+def _documents(
+    task: Task, rules: Rules, counts: Counts, notes: Notes, meter: Meter
+) -> Iterator[tuple[Piece, str, bytes, int]]:
+    """Piece, text, UTF-8 bytes and number of the documents of a task that are readable and neither too short nor too long.
+
+    One of nothing but blanks is empty, and so too short.
+    """
     r, none = rules, float("inf")
     most_chars, most_bytes = r.max_document_chars or none, r.max_document_bytes or none
     before = 0
     for piece in task.pieces:
-        count, meter = counts.setdefault(piece.entry, Counter()), Meter()
-        for document in _read(piece, r.text_field, meter):
+        count, inside = counts.setdefault(piece.entry, Counter()), Meter()
+        for document in _read(piece, r, inside):
             count["read"] += 1
-            place.done = before + meter.done
-            if document is None:
+            meter.done = before + inside.done
+            if isinstance(document, Bad):
                 count["unreadable"] += 1
-            elif len(document[0]) < r.min_document_chars or len(document[1]) < r.min_document_bytes:
+                notes.add(document.why, ", ".join(filter(None, [place(piece, document.number), document.detail])))
+                continue
+            text, data, number = document
+            if len(text) < r.min_document_chars or len(data) < r.min_document_bytes or not text or text.isspace():
                 count["too_short"] += 1
-            elif len(document[0]) > most_chars or len(document[1]) > most_bytes:
+            elif len(text) > most_chars or len(data) > most_bytes:
                 count["too_long"] += 1
             else:
-                yield piece.entry, *document
+                yield piece, text, data, number
         before += piece.bytes
-        place.done = before
+        meter.done = before
 
 
-def _read(piece: Piece, text_field: str, meter: Meter) -> Iterator[tuple[str, bytes] | None]:
+def _read(piece: Piece, rules: Rules, meter: Meter) -> Iterator[Found]:
     try:
-        yield from read_documents(piece, text_field, meter)
+        yield from read_documents(piece, rules.text_field, rules.encoding, meter)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{piece.path}: cannot be read to its end: {error}; repair it or leave it out") from error
 
 
-def _kept(task: Task, rules: Rules, folder: Path, counts: Counts, place: Meter) -> Iterator[Document]:
+def _kept(task: Task, rules: Rules, folder: Path, counts: Counts, notes: Notes, meter: Meter) -> Iterator[Document]:
     """The documents of a task that are not left out; `counts` gets all of them by fate."""
     hashes = duplicate = None
     if rules.deduplicate:
         hashes = np.load(scan_path(folder, task), allow_pickle=False).tolist()
         duplicate = np.load(_duplicate_path(folder, task), allow_pickle=False)
     index, same = 0, True
-    for entry, text, data in _documents(task, rules, counts, place):
-        count, hashed = counts[entry], xxh3_64_intdigest(data)
+    for piece, text, data, number in _documents(task, rules, counts, notes, meter):
+        count, hashed = counts[piece.entry], xxh3_64_intdigest(data)
         same = hashes is None or (index < len(hashes) and hashed == hashes[index])
         if not same:
             break
@@ -223,7 +273,7 @@ def _kept(task: Task, rules: Rules, folder: Path, counts: Counts, place: Meter) 
         else:
             count["kept"] += 1
             count["text_bytes"] += len(data)
-            yield Document(text, len(data), hashed)
+            yield Document(text, len(data), hashed, piece, number)
         index += 1
     if not same or (hashes is not None and index < len(hashes)):
         names = ", ".join(sorted({piece.path for piece in task.pieces})[:3])

@@ -11,7 +11,19 @@ from pyarrow import parquet
 
 from esolm_megatron.config import ConfigError
 from esolm_megatron.data.prepare import hf_datasets
-from esolm_megatron.data.prepare.inputs import Meter, _parse_line, _split, check_input, cut, find_inputs, read_documents
+from esolm_megatron.data.prepare.inputs import (
+    Bad,
+    Meter,
+    _parse_line,
+    _split,
+    check_input,
+    cut,
+    find_inputs,
+    read_documents,
+)
+from esolm_megatron.data.prepare.text_field import TextField
+
+TEXT, BODY = TextField.of("text"), TextField.of("body")
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 7, 64, 10_000])
@@ -19,7 +31,7 @@ def test_each_line_is_in_one_piece(tmp_path, piece_bytes):
     path = tmp_path / "a.jsonl"
     texts = ["x" * n + "é" for n in (1, 0, 60, 3, 200, 5)]
     path.write_text("\n".join(json.dumps({"text": t}, ensure_ascii=False) for t in texts), encoding="utf-8")
-    found = [document[0] for piece in cut(path, piece_bytes) for document in read_documents(piece, "text")]
+    found = [document[0] for piece in cut(path, piece_bytes, TEXT) for document in read_documents(piece, TEXT)]
     assert found == texts
 
 
@@ -29,7 +41,8 @@ def test_find_inputs(tmp_path):
         (tmp_path / name).write_text("t")
     folder = str(tmp_path)
     names = [
-        Path(p).relative_to(tmp_path).as_posix() for p in find_inputs([f"{folder}/c.txt", folder, f"{folder}/*/z.*"])
+        Path(p).relative_to(tmp_path).as_posix()
+        for p in find_inputs([f"{folder}/c.txt", folder, f"{folder}/*/z.*"]).files
     ]
     assert names == ["c.txt", "a/z.md", "b/x.py"]
     with pytest.raises(ConfigError) as error:
@@ -90,33 +103,33 @@ def kind(request, tmp_path, monkeypatch):
 
 
 def read_all(path, piece_bytes=1 << 20):
-    return [document[0] for piece in cut(path, piece_bytes, "body") for document in read_documents(piece, "body")]
+    return [document[0] for piece in cut(path, piece_bytes, BODY) for document in read_documents(piece, BODY)]
 
 
 def test_every_kind_of_input_gives_the_same_documents(kind):
     for piece_bytes in (5000, 1 << 20):
         assert read_all(kind, piece_bytes) == TEXTS
-    check_input(kind, "body")
+    check_input(kind, BODY)
     with pytest.raises(ConfigError, match=r"text_field = 'text': .*fields id \(no text\), body"):
-        check_input(kind, "text")
+        check_input(kind, TEXT)
     with pytest.raises(ConfigError, match=r"text_field = 'id'"):
-        check_input(kind, "id")
+        check_input(kind, TextField.of("id"))
 
 
 def test_what_can_be_cut_is_cut(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, write in INPUTS.items():
         write(tmp_path / name.removeprefix("hf://").partition("?")[0])
-    counts = {name: len(cut(name, 5000, "body")) for name in INPUTS}
+    counts = {name: len(cut(name, 5000, BODY)) for name in INPUTS}
     assert counts["a.jsonl.gz"] == counts["a.jsonl.zst"] == 1
     assert counts["hf://streamed?split=train"] == 3
     assert min(counts[name] for name in ("a.jsonl", "a.parquet", "hf://saved")) > 5
 
 
 def test_meter_ends_at_the_size_of_the_piece_and_never_falls(kind):
-    for piece in cut(kind, 5000, "body"):
+    for piece in cut(kind, 5000, BODY):
         meter, seen = Meter(), [0]
-        for _ in read_documents(piece, "body", meter):
+        for _ in read_documents(piece, BODY, meter=meter):
             seen.append(meter.done)
         assert seen == sorted(seen)
         assert meter.done == piece.bytes
@@ -146,8 +159,8 @@ def test_lines_of_chunks_are_the_lines_of_the_whole(chunks):
 def test_rows_without_text_are_told(tmp_path):
     table = pyarrow.table({"body": ["a", None, "c"]})
     parquet.write_table(table, tmp_path / "a.parquet")
-    (piece,) = cut(tmp_path / "a.parquet", 1 << 20, "body")
-    assert list(read_documents(piece, "body")) == [("a", b"a"), None, ("c", b"c")]
+    (piece,) = cut(tmp_path / "a.parquet", 1 << 20, BODY)
+    assert list(read_documents(piece, BODY)) == [("a", b"a", 0), Bad("field 'body' is null", 1), ("c", b"c", 2)]
 
 
 @pytest.mark.parametrize(
@@ -161,7 +174,7 @@ def test_rows_without_text_are_told(tmp_path):
 def test_datasets_that_cannot_be_opened(address, message, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match=message):
-        check_input(address, "text")
+        check_input(address, TEXT)
 
 
 def test_split_of_a_dataset(tmp_path, monkeypatch):
@@ -172,7 +185,7 @@ def test_split_of_a_dataset(tmp_path, monkeypatch):
     assert read_all("hf://d") == TEXTS[:5]
     assert read_all("hf://d?split=test") == TEXTS[5:7]
     with pytest.raises(ConfigError, match=r"hf://d\?split=none: cannot be opened"):
-        check_input("hf://d?split=none", "body")
+        check_input("hf://d?split=none", BODY)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.zst", "a.parquet", "hf://saved"])
@@ -182,7 +195,7 @@ def test_missing_package_is_named(name, tmp_path, monkeypatch):
     for module in ("zstandard", "pyarrow.parquet", "datasets"):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConfigError, match=r"needs the package (zstandard|pyarrow|datasets); pip install .*\[data\]"):
-        check_input(name, "body")
+        check_input(name, BODY)
 
 
 ODD = [
@@ -208,7 +221,8 @@ def test_lines_are_parsed_as_json_parses_them(odd, line):
     for data in ((line % odd).encode("utf-8", "surrogatepass"), (line % odd).encode("latin-1", "replace")):
         try:
             text = json.loads(data)["text"]
-            expected = (text, text.encode())
+            expected = (text, text.encode(), 7)
         except ValueError:
-            expected = None
-        assert _parse_line(data, "text") == expected
+            expected = Bad
+        found = _parse_line(data, TEXT, 7)
+        assert (type(found) if isinstance(found, Bad) else found) == expected

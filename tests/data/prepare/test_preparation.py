@@ -19,7 +19,7 @@ from esolm_megatron.data.prepare import PrepareConfig, load_prepare_config, prep
 from esolm_megatron.data.prepare.inputs import cut
 from esolm_megatron.data.prepare.tasks import SCAN_DTYPE, Rules, Task, tokenize
 from esolm_megatron.data.shards import ShardReader
-from esolm_megatron.data.tokenizer import load_tokenizer
+from esolm_megatron.data.tokenizer import load_tokenizer, train_tokenizer
 from esolm_megatron.errors import DataError
 
 
@@ -271,7 +271,7 @@ def test_all_problems_of_a_configuration_at_once(tmp_path):
     for part in (
         "shard_tokens = 7: must be block_tokens = 1048576 or more",
         "max_document_chars = 3: must be min_document_chars = 4 or more",
-        "text_field = 'text': the first line of",
+        "text_field = 'text': the first 100 lines of",
         "but the fields content",
         "tokenizer = 'nowhere'",
     ):
@@ -284,3 +284,173 @@ def test_example_configuration_is_complete(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("text")
     config = load_prepare_config(path, ["inputs=[a.txt]"])
     assert config.model_fields_set == {*PrepareConfig.model_fields}
+
+
+def prepared_from(tmp_path, files, **options):
+    """(texts that are kept, the summary) of a folder of files with these bytes."""
+    for name, data in files.items():
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    out = tmp_path / f"out{len([*tmp_path.glob('out*')])}"
+    summary = prepare(small_config(tmp_path / "in", out, validation_fraction=0, **options), progress=False)
+    return sorted(stored_documents(out, "train")), summary
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    line = '{"text": "beta"}\n{"text": "gamma"}\n'
+    files = {
+        "a.txt": "\ufeffalpha",
+        "b.jsonl": "\ufeff" + line,
+        "c.jsonl.gz": gzip.compress(("\ufeff" + line * 2).encode()),
+    }
+    kept, summary = prepared_from(tmp_path, files)
+    assert kept == ["alpha", "beta", "gamma"]
+    assert summary.manifest.documents["duplicate"] == 4
+
+
+def test_linked_folders_and_endings_in_any_case_are_read_and_the_rest_is_named(tmp_path):
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    (other / "c.txt").write_text("gamma")
+    (other / "around").symlink_to(tmp_path / "in")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "link").symlink_to(other)
+    files = {
+        "a.TXT": "alpha",
+        "b.txt.gz": gzip.compress(b"beta"),
+        "d.json": "{}",
+        "e.tar.bz2": b"x",
+        "f.json": "{}",
+        "README": "r",
+    }
+    kept, summary = prepared_from(tmp_path, files)
+    assert kept == ["alpha", "beta", "gamma"]
+    assert "not read, of other kinds: 4 files (.json 2, no ending 1, .tar.bz2 1), as " in str(summary)
+
+
+def test_a_document_of_blanks_is_empty(tmp_path):
+    texts = ["", " ", "\n\t\u3000", "alpha"]
+    kept, summary = prepared_from(
+        tmp_path, {"a.jsonl": "".join(json.dumps({"text": t}) + "\n" for t in texts), "b.txt": "\n\n"}
+    )
+    assert kept == ["alpha"]
+    assert summary.manifest.documents["too_short"] == 4
+
+
+def test_what_is_unreadable_is_counted_by_reason_with_its_first_place(tmp_path):
+    lines = [
+        '{"text": "alpha"}',
+        "no json",
+        '{"text": null}',
+        '{"text": 5}',
+        '{"body": "x"}',
+        '{"text": null}',
+        '{"text": "\\ud800"}',
+    ]
+    files = {"a.jsonl": "\n".join(lines), "b.txt": "café".encode("latin-1"), "c.txt": "été".encode("latin-1")}
+    kept, summary = prepared_from(tmp_path, files)
+    assert kept == ["alpha"]
+    assert summary.manifest.documents["unreadable"] == 8
+    folder = tmp_path / "in"
+    for line in (
+        f"1 no JSON; the first: {folder}/a.jsonl, line 2, ",
+        f"2 field 'text' is null; the first: {folder}/a.jsonl, line 3",
+        f"1 field 'text' is no text, but a int; the first: {folder}/a.jsonl, line 4",
+        f"1 no field 'text'; the first: {folder}/a.jsonl, line 5",
+        f"1 half of a surrogate pair, or bytes that are no UTF-8; the first: {folder}/a.jsonl, line 7",
+        f"2 not utf-8, set encoding; the first: {folder}/b.txt, byte 3 is 0xe9",
+    ):
+        assert line in str(summary)
+    kept, summary = prepared_from(tmp_path, {"a.jsonl": lines[0]}, encoding="latin-1")
+    assert kept == ["alpha", "café", "été"]
+    (tmp_path / "in" / "a.jsonl").unlink()
+    with pytest.raises(
+        DataError, match=r"no document is left of 2: .*\n2 not utf-8, set encoding; the first: .*b.txt, byte 3 is 0xe9"
+    ):
+        prepared_from(tmp_path, {})
+    with pytest.raises(ConfigError, match="encoding = 'latin9000': Python knows none of that name"):
+        prepared_from(tmp_path, {}, encoding="latin9000")
+
+
+def test_text_within_records_and_of_several_fields(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [{"content": {"text": "alpha"}, "title": "A"}, {"content": {"text": None}, "title": "B"}, {"title": "C"}]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    kept, _ = prepared_from(tmp_path, {"a.jsonl": lines}, text_field="content.text")
+    assert kept == ["alpha"]
+    kept, _ = prepared_from(tmp_path, {}, text_field=("title", "content.text"))
+    assert kept == ["A\nalpha", "B", "C"]
+    (tmp_path / "in" / "a.jsonl").unlink()
+    table = pyarrow.table({"content": [row.get("content") for row in rows], "title": ["A", "B", "C"]})
+    parquet.write_table(table, tmp_path / "in" / "a.parquet")
+    kept, summary = prepared_from(tmp_path, {}, text_field="content.text")
+    assert kept == ["alpha"]
+    assert f"1 field 'content.text' is null; the first: {tmp_path}/in/a.parquet, row 1" in str(summary)
+    assert f"1 no field 'content.text'; the first: {tmp_path}/in/a.parquet, row 2" in str(summary)
+    kept, _ = prepared_from(tmp_path, {}, text_field=("title", "content.text"))
+    assert kept == ["A\nalpha", "B", "C"]
+    path = tmp_path / "p.yaml"
+    path.write_text(f"inputs: [{tmp_path}/in]\noutput: {tmp_path}/o\n")
+    assert load_prepare_config(path, ["text_field=[title, content.text]"]).text_field == ("title", "content.text")
+    assert load_prepare_config(path, ["text_field=title"]).text_field == "title"
+    with pytest.raises(
+        ConfigError, match=r"text_field = 'content.body': .*no such text, but the fields content \(no text\), title"
+    ):
+        load_prepare_config(path, ["text_field=content.body"])
+
+
+def test_a_first_line_without_text_is_counted_like_any_other(tmp_path):
+    kept, summary = prepared_from(tmp_path, {"a.jsonl": '{"text": null}\n{"text": "alpha"}\n'})
+    assert kept == ["alpha"]
+    assert summary.manifest.documents["unreadable"] == 1
+
+
+def test_a_document_that_the_fast_engine_refuses_is_named(tmp_path):
+    train_tokenizer(["a b  c"], 300, tmp_path / "tokenizer")
+    text = "a" + " " * 1_000_001 + "b"
+    kept, summary = prepared_from(
+        tmp_path,
+        {"a.jsonl": json.dumps({"text": "x"}) + "\n" + json.dumps({"text": text})},
+        tokenizer=str(tmp_path / "tokenizer"),
+    )
+    assert kept == [text, "x"]
+    assert f"1 encoded by the slow engine, for tiktoken refuses it; the first: {tmp_path}/in/a.jsonl, line 2" in str(
+        summary
+    )
+
+
+def test_a_document_that_no_engine_encodes_ends_the_run_or_is_left_out(tmp_path):
+    """No text is known that the library refuses, so its engine here is one that refuses a word."""
+    for name, text in (("a", "alpha"), ("b", "poison"), ("c", "gamma")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    tokenizer = load_tokenizer("bytes")
+    encoder = tokenizer.encoder
+    encode = encoder.encode_arrays
+
+    def refusing(texts, slow=None):
+        if "poison" in texts:
+            raise RuntimeError("Regex error")
+        return encode(texts, slow)
+
+    encoder.encode_arrays = refusing
+    for on_error in ("stop", "skip"):
+        (tmp_path / on_error / "work").mkdir(parents=True)
+        (tmp_path / on_error / "shards").mkdir()
+        rules = Rules.of(
+            small_config(tmp_path, tmp_path / "o", deduplicate=False, validation_fraction=0, on_error=on_error)
+        )
+        task = Task(0, tuple(piece for name in "abc" for piece in cut(tmp_path / f"{name}.txt", 1 << 20)))
+        if on_error == "stop":
+            with pytest.raises(
+                DataError, match="b.txt: cannot be encoded: RuntimeError: Regex error; repair it, or set on_error=skip"
+            ):
+                tokenize(task, lambda done: None, rules, tmp_path / on_error, encoder)
+            continue
+        tokenize(task, lambda done: None, rules, tmp_path / on_error, encoder)
+        record = json.loads((tmp_path / on_error / "work" / "task-00000.json").read_text())
+        assert record["counts"]["0"] == {"read": 3, "kept": 2, "text_bytes": 10, "unreadable": 1}
+        assert record["notes"] == {"that no engine can encode": [1, f"{tmp_path}/b.txt, RuntimeError: Regex error"]}
+        assert record["splits"]["train"]["documents"] == 2
