@@ -6,10 +6,9 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from rich.console import Console
-
 from esolm_megatron.commands import data, generate, jobs, model, run
 from esolm_megatron.errors import UserError, missing_package
+from esolm_megatron.terminal import Terminal
 from esolm_megatron.version import __version__
 
 
@@ -122,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _said(verb: str, error: Exception) -> int:
     """Say what is wrong; the exit status."""
-    Console(stderr=True, soft_wrap=True).print(f"esolm {verb}: {error}", style="red", markup=False, highlight=False)
+    Terminal(stderr=True, soft_wrap=True).print(f"esolm {verb}: {error}", style="red", highlight=False)
     return 2 if isinstance(error, ValueError) else 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,6 +29,15 @@ def shown(value: object) -> str:
     """`value` as a message repeats it."""
     text = repr(value)
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}... ({len(text):,} characters)"
+
+
+_USER = re.compile(r"(\w+://)[^/@\s]+@")
+_QUERY = re.compile(r"(\w+://[^?'\"\n]*)\?[^\s'\"]*")
+
+
+def without_secrets(text: str) -> str:
+    """`text` whose addresses have neither user and password nor a query, which often is a signature."""
+    return _QUERY.sub(r"\1?...", _USER.sub(r"\1", text))
 
 
 EXTRAS = {

@@ -185,3 +185,17 @@ def test_shards_are_plain_webdataset(folder):
     (shard, *_) = sorted(str(p) for p in (folder / "tokens" / "shards").glob("train*.tar"))
     sample = next(iter(webdataset.WebDataset(shard, shardshuffle=False).decode()))
     assert sample["tokens.npy"].dtype == np.uint16
+
+
+def test_brackets_in_names_are_printed_as_they_are(folder, tmp_path, capsys):
+    out = tmp_path / "m[/x] [red]"
+    capsys.readouterr()
+    assert main(["convert", str(folder / "small"), str(out)]) == 0
+    assert "[/x] [red]" in capsys.readouterr().out.replace("\n", "")
+    assert main(["plan", str(folder / "run.yaml"), "runs_dir=m[x]"]) == 0
+    assert main(["sample", str(out), "length=8", "num_samples=1", "prompt=[/b]"]) == 0
+    assert "[/b]" in capsys.readouterr().out
+    assert main(["score", str(out), "text=[/b] and [x]"]) == 0
+    assert "[/b] and [x]" in capsys.readouterr().out
+    assert main(["train", str(folder / "run.yaml"), "data.path=n[/o]"]) == 1
+    assert "n[/o]" in capsys.readouterr().err

@@ -20,12 +20,12 @@ ALL = [*MODULES, *sorted((ROOT / "checkpoints_conversion").rglob("*.py"))]
 LINES_PER_FILE = 500
 CODE_LINES = {
     "the core": (
-        6000,
-        "model objective parallel train checkpoint config errors topology lazy version",
+        6100,
+        "model objective parallel train checkpoint config errors terminal topology lazy version",
     ),
     "data": (3150, "data"),
     "inference": (1800, "inference huggingface evaluate sample score"),
-    "what starts and watches runs": (2600, "launch plan doctor commands cli __init__ __main__"),
+    "what starts and watches runs": (2650, "launch plan doctor commands cli __init__ __main__"),
 }
 """Most lines of code in each part, and the part's files and folders."""
 
@@ -180,3 +180,14 @@ def test_checks_run_in_test_sh_and_ci_calls_it():
     for tool in ("ruff check", "ruff format --check", "mypy", "lint-imports", "pytest"):
         assert tool in script, tool
     assert "tools/test.sh" in (ROOT / ".ci/run").read_text()
+
+
+def test_nothing_that_users_name_is_read_as_markup():
+    """One console for all prints; columns of progress bars are told, too."""
+    for path in ALL:
+        text = path.read_text()
+        if path.name != "terminal.py":
+            assert not re.search(r"(?<!\w)(console\.)?Console\(", text), path
+            assert "from_markup" not in text, path
+        for column in re.findall(r"TextColumn\([^)]*\)", text):
+            assert "markup=False" in column, f"{path}: {column}"

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
-from rich.console import Console
 
 from esolm_megatron.config import ConfigError, Section
 from esolm_megatron.config.yaml_text import value_of
+from esolm_megatron.terminal import Terminal
 
 Options = TypeVar("Options", bound=Section)
 
@@ -79,4 +79,4 @@ def show(result: Any, as_dict: Callable[[], Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(as_dict(), indent=1, default=str))
     else:
-        Console().print(result)
+        Terminal().print(result)

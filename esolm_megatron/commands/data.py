@@ -6,10 +6,10 @@ import argparse
 import json
 
 from pydantic import Field
-from rich.console import Console
 
 from esolm_megatron.commands import options, show
 from esolm_megatron.config import ConfigError, Section
+from esolm_megatron.terminal import Terminal
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,7 +59,7 @@ def _data_show(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([vars(row) for row in rows]))
         return 0
-    console = Console()
+    console = Terminal()
     for number, row in enumerate(rows):
         console.rule(f"row {number}", characters="=")
         for place, part in enumerate(row.parts):

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field
-from rich.console import Console
 from rich.table import Table
 
 from esolm_megatron.commands import Placed, options, show
 from esolm_megatron.config import ConfigError
 from esolm_megatron.errors import optional
 from esolm_megatron.inference.request import SamplingParams
+from esolm_megatron.terminal import Terminal
 
 
 class Texts(Placed):
@@ -161,7 +161,7 @@ def show_samples(samples: Any, decode: Any, as_json: bool) -> None:
         return
     for i, (text, total) in enumerate(zip(texts, totals, strict=True)):
         made = tokens.shape[1] - int(samples.saved[i])
-        Console().rule(f"sample {i}   log p = {total:.1f}   {samples.num_forward_passes} passes for {made} tokens")
+        Terminal().rule(f"sample {i}   log p = {total:.1f}   {samples.num_forward_passes} passes for {made} tokens")
         print(text)
 
 
@@ -187,7 +187,7 @@ def run_score(args: argparse.Namespace) -> int:
         return 0
     table = Table("text", "tokens", "mean log p", "log mean p", "nats per token", "perplexity")
     for text, r in zip(texts, results, strict=True):
-        start = text[:30].replace("\n", " ").replace("[", "\\[")
+        start = text[:30].replace("\n", " ")
         numbers = (
             f"{r.any_order:.2f}",
             f"{r.importance_weighted:.2f}",

@@ -10,11 +10,11 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from rich.console import Console
 from rich.text import Text
 
 from esolm_megatron.commands import show
 from esolm_megatron.config import ConfigError
+from esolm_megatron.terminal import Terminal
 
 
 def run_launch(args: argparse.Namespace) -> int:
@@ -69,10 +69,10 @@ def _dry_run(args: argparse.Namespace, planned) -> int:  # type: ignore[no-untyp
         tree = {"script": planned.script, "srun": srun, "runs": runs, "jobs": jobs, "plan": cost.as_dict()}
         show(None, lambda: tree, as_json=True)
         return 0
-    console = Console(soft_wrap=True)
-    console.print(f"sbatch script of {', '.join(runs)}:\n", markup=False, highlight=False)
-    console.print(planned.script, markup=False, highlight=False)
-    console.print(f"the job starts the ranks by:\n\n{srun}\n", markup=False, highlight=False)
+    console = Terminal(soft_wrap=True)
+    console.print(f"sbatch script of {', '.join(runs)}:\n", highlight=False)
+    console.print(planned.script, highlight=False)
+    console.print(f"the job starts the ranks by:\n\n{srun}\n", highlight=False)
     console.print(cost)
     console.print(
         f"{cluster.nodes} nodes, {cluster.num_ranks} processes; about {jobs} jobs of {cluster.time_h:g} hours. "
@@ -99,7 +99,7 @@ def run_jobs(args: argparse.Namespace) -> int:
         while True:
             found = table.rows(folder)
             if args.watch:
-                Console().clear()
+                Terminal().clear()
             show(table.as_table(found), lambda: table.as_dict(found), args.json)  # noqa: B023 - used at once
             if not args.watch:
                 break

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 from pydantic import Field
-from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
 from esolm_megatron.commands import Placed, options, show
 from esolm_megatron.config import ConfigError, Section
+from esolm_megatron.terminal import Terminal
 
 
 class EvalOptions(Placed):
@@ -81,8 +82,8 @@ def run_convert(args: argparse.Namespace) -> int:
     if unused:
         known = f"; it takes {', '.join(sorted(uses))}" if uses else ""
         raise ConfigError(f"{unused[0]}: has no meaning for a conversion from {source} to {args.to}{known}")
-    with Progress(console=Console(stderr=True), transient=True, disable=args.json) as bar:
-        task = bar.add_task(f"to {args.out}", total=None)
+    with Progress(console=Terminal(stderr=True), transient=True, disable=args.json) as bar:
+        task = bar.add_task(escape(f"to {args.out}"), total=None)  # the default columns read markup
 
         def progress(_: str, number: int, total: int) -> None:
             bar.update(task, completed=number, total=total)
@@ -160,5 +161,5 @@ def run_eval(args: argparse.Namespace) -> int:
     facts = {**evaluate.as_dict(result), "unigram_entropy": unigram}
     show(evaluate.table(result), lambda: facts, args.json)
     if not args.json:
-        Console().print(f"entropy of the tokens' frequencies: {unigram:.3f} nats per token")
+        Terminal().print(f"entropy of the tokens' frequencies: {unigram:.3f} nats per token")
     return 0

@@ -9,11 +9,10 @@ import sys
 import time
 from pathlib import Path
 
-from rich.console import Console
-
 from esolm_megatron.commands import show
 from esolm_megatron.config import load
 from esolm_megatron.errors import require
+from esolm_megatron.terminal import Terminal
 
 
 def run_plan(args: argparse.Namespace) -> int:
@@ -68,7 +67,7 @@ def run_train(args: argparse.Namespace) -> int:
     if int(os.environ.get("RANK", 0)) == 0:
         state = " ".join([outcome.ending.name.lower().replace("_", " "), *filter(None, [outcome.detail])])
         state += "; start it again to continue" if outcome.ending.restart else ""
-        Console(stderr=True).print(f"{config.run_dir}: step {outcome.step} of {config.train.num_steps}, {state}")
+        Terminal(stderr=True).print(f"{config.run_dir}: step {outcome.step} of {config.train.num_steps}, {state}")
     return int(outcome.ending)
 
 
@@ -90,8 +89,8 @@ def _train_here(args: argparse.Namespace, run_dir: Path) -> int:
     said = ending.read(run_dir)
     if killed and said:  # its last words were those of the others, which miss it
         ending.mark(run_dir, Ending.KILLED, said["step"], killed[0])
-        Console(stderr=True, soft_wrap=True).print(f"{run_dir}: {killed[0]}; start it again to continue")
+        Terminal(stderr=True, soft_wrap=True).print(f"{run_dir}: {killed[0]}; start it again to continue")
     elif status == Ending.HUNG and said and (said["how"] == "running" or said["time"] < began):
         ending.mark(run_dir, Ending.HUNG, said["step"], ending.LOCKED)
-        Console(stderr=True, soft_wrap=True).print(f"{run_dir}: {ending.LOCKED}; start it again to continue")
+        Terminal(stderr=True, soft_wrap=True).print(f"{run_dir}: {ending.LOCKED}; start it again to continue")
     return status

@@ -17,6 +17,8 @@ from rich.live import Live
 from rich.rule import Rule
 from rich.text import Text
 
+from esolm_megatron.terminal import Terminal
+
 _HOLE = "\u00b7"
 
 
@@ -67,7 +69,7 @@ class Animation:
     @contextmanager
     def live(self, seconds: float, console: Console | None = None) -> Iterator[None]:
         """Draw in the terminal while the block runs, waiting `seconds` after each pass."""
-        where = console or Console(stderr=True)
+        where = console or Terminal(stderr=True)
         with Live(self.drawn(), console=where, auto_refresh=False, vertical_overflow="visible") as self.display:
             self.seconds = seconds
             try:

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from esolm_megatron.config import Config
+from esolm_megatron.errors import without_secrets
+from esolm_megatron.terminal import Terminal
 
 logger = logging.getLogger(__name__)
 
@@ -108,12 +109,12 @@ class Metrics:
         self.reached = max([start_step, *_drop_after(self.path, start_step)])
         if config.log.wandb != "off":
             self.wandb = _start_wandb(config)
-        self.console = Console(stderr=True)
+        self.console = Terminal(stderr=True)
         self.progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[text]}", markup=False),
             console=self.console,
             disable=not self.console.is_terminal,
         )
@@ -217,7 +218,7 @@ def _start_wandb(config: Config) -> Any:
         name=config.name,
         dir=str(config.run_dir),
         mode="offline" if config.log.wandb == "offline" else "online",
-        config=config.model_dump(mode="json"),
+        config=json.loads(without_secrets(config.model_dump_json())),
     )
 
 

@@ -279,11 +279,13 @@ def _bar(visible: bool) -> Iterator[Callable[[str, list[Task]], Advance]]:
     if not visible:
         yield lambda name, work: lambda count: None
         return
-    from rich import console, progress  # which cost some hundred documents, and are not always wanted
+    from rich import progress  # which cost some hundred documents, and are not always wanted
+
+    from esolm_megatron.terminal import Terminal
 
     kinds = (progress.BarColumn, progress.DownloadColumn, progress.TransferSpeedColumn, progress.TimeRemainingColumn)
-    columns = (progress.TextColumn("{task.description}"), *(kind() for kind in kinds))
-    with progress.Progress(*columns, console=console.Console(stderr=True), speed_estimate_period=300) as bar:
+    columns = (progress.TextColumn("{task.description}", markup=False), *(kind() for kind in kinds))
+    with progress.Progress(*columns, console=Terminal(stderr=True), speed_estimate_period=300) as bar:
 
         def line(name: str, work: list[Task]) -> Advance:
             number = bar.add_task(f"{name:>8}", total=sum(task.bytes for task in work) or None)

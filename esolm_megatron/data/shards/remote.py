@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import os
 import queue
@@ -13,13 +14,14 @@ import subprocess
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, suppress
 from typing import Any, TypeVar
 
 from esolm_megatron.data.shards.format import LocalTrouble, ShardMissing
-from esolm_megatron.errors import ConfigError, DataError
+from esolm_megatron.errors import ConfigError, DataError, without_secrets
 
 Result = TypeVar("Result")
 CHUNK = 1 << 20
@@ -46,6 +48,17 @@ class Remote:
     def __init__(self, root: str, retries: int, timeout_s: float, slowest: float = 1e6):
         self.root, self.retries, self.timeout_s, self.slowest = root.rstrip("/"), retries, timeout_s, slowest
         self.stop = threading.Event()
+        self._headers: dict[str, str] = {}
+        self._query = ""
+        if root.startswith("http"):
+            parts = urllib.parse.urlsplit(root)
+            self._query = f"?{parts.query}" if parts.query else ""
+            user, at, host = parts.netloc.rpartition("@")
+            if at:
+                given = urllib.parse.unquote(user).encode()
+                self._headers["Authorization"] = f"Basic {base64.b64encode(given).decode()}"
+            path = urllib.parse.quote(parts.path.rstrip("/"), safe="/%:@!$&'()*+,;=~")
+            self.root = f"{parts.scheme}://{host}{path}"
 
     def patience_s(self, size: int) -> float:
         """Seconds after which all tries for a file of `size` bytes have failed, if they do."""
@@ -55,8 +68,13 @@ class Remote:
     def where(self, name: str) -> str:
         """What messages call a file."""
         if self.root.startswith("pipe:"):
+            return without_secrets(self._address(name))
+        return f"{without_secrets(self.root)}/{name}{self._query and '?...'}"
+
+    def _address(self, name: str) -> str:
+        if self.root.startswith("pipe:"):
             return self.root.replace("{name}", shlex.quote(name))
-        return f"{self.root}/{name}"
+        return f"{self.root}/{name}{self._query}"
 
     def fetch(self, name: str, take: Callable[[Iterator[bytes]], Result]) -> Result:
         """What `take` makes of the chunks of a file. It is called again for each try, and raises for bad content.
@@ -90,7 +108,7 @@ class Remote:
         url, offset, began = self.where(name), 0, time.monotonic()
         how = self._piped if url.startswith("pipe:") else self._http if url.startswith("http") else self._fsspec
         try:
-            for chunk in how(url):
+            for chunk in how(self._address(name)):
                 if self.stop.is_set():
                     raise Cancelled(f"{url}: not fetched, for the run ends")
                 offset += len(chunk)
@@ -115,7 +133,9 @@ class Remote:
             raise DataError(f"{url}: at offset {offset}: {said}") from None
 
     def _http(self, url: str) -> Iterator[bytes]:
-        with urllib.request.urlopen(url, timeout=self.timeout_s) as answer:
+        with urllib.request.urlopen(
+            urllib.request.Request(url, headers=self._headers), timeout=self.timeout_s
+        ) as answer:
             left = answer.length  # None where the server does not say
             while chunk := answer.read1(CHUNK):
                 left = None if left is None else left - len(chunk)
@@ -153,8 +173,10 @@ class Remote:
             yield from _watched(self._opened(url), self.timeout_s)
         except ImportError as error:
             if url.startswith(("s3://", "s3a://")):
-                raise ConfigError(f"{url}: needs the package s3fs; pip install 'esolm-megatron[s3]'") from error
-            raise LocalTrouble(f"{url}: {error}; install the package that opens it") from error
+                raise ConfigError(
+                    f"{without_secrets(url)}: needs the package s3fs; pip install 'esolm-megatron[s3]'"
+                ) from error
+            raise LocalTrouble(f"{without_secrets(url)}: {error}; install the package that opens it") from error
         except (OSError, GeneratorExit, DataError):
             raise
         except Exception as error:  # each of its backends has errors of its own

@@ -23,7 +23,7 @@ from esolm_megatron.data.stream.batch import Batch, Damage
 from esolm_megatron.data.stream.mixture import Mixture, pattern, phases_of, sources_of
 from esolm_megatron.data.stream.prefetch import Prefetch
 from esolm_megatron.data.stream.shuffle import Order, permutation
-from esolm_megatron.errors import DataError
+from esolm_megatron.errors import ConfigError, DataError, shown, without_secrets
 
 
 def data_config(data: DataConfig | str | Path, **fields: Any) -> DataConfig:
@@ -194,12 +194,14 @@ class TokenStream:
         for phase in self.mixture.phases:
             pattern(phase.weights)  # refuses weights now, and not at their step
         named = sources_of(config)
-        self.sources = {
-            name: Source(
-                source.path, config, split, seq_length, (seed, name) if len(named) > 1 else (seed,), global_batch_size
-            )
-            for name, source in named.items()
-        }
+        self.sources = {}
+        for name, source in named.items():
+            key = (seed, name) if len(named) > 1 else (seed,)
+            try:
+                self.sources[name] = Source(source.path, config, split, seq_length, key, global_batch_size)
+            except (DataError, ConfigError) as error:
+                setting = f"data.sources.{name}.path" if config.sources else "data.path"
+                raise type(error)(f"{setting} = {shown(without_secrets(source.path))}: {error}") from error
         check_alike(self.sources)
         first = next(iter(self.sources.values()))
         self.vocab_size = first.reader.manifest.vocab_size + 1

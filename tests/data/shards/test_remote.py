@@ -1,6 +1,8 @@
 """Remote shards: a real HTTP server, real processes and kills, a real full disk."""
 
+import base64
 import fcntl
+import http.server
 import os
 import re
 import resource
@@ -8,9 +10,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -298,6 +302,7 @@ def test_shards_are_there_before_they_are_wanted(many, tmp_path):
 
 PROGRAM = """
 import sys
+import threading
 from esolm_megatron.data.shards import remote
 from esolm_megatron.data.prepare import prepare
 from esolm_megatron.data.stream import TokenStream
@@ -441,3 +446,45 @@ def test_blank_rows_are_the_same_for_every_number_of_ranks_and_after_a_restart(p
                 assert np.array_equal(mine.tokens, batches[step].tokens[rank::size])
                 assert np.array_equal(mine.valid, batches[step].valid[rank::size])
                 assert [d for d in batches[step].damage if d.row % size == rank] == list(mine.damage)
+
+
+def test_addresses_with_queries_blanks_and_passwords(prepared, tmp_path):
+    """The query follows the file's name, blanks are quoted, the password goes into a header, and none is ever said."""
+    folder = tmp_path / "my tokens"
+    folder.symlink_to(prepared)
+    seen = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self):
+            seen.append((self.path, self.headers.get("Authorization")))
+            if not self.path.endswith("?sig=secret%2Fone"):
+                return self.send_error(403)
+            return super().do_GET()
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=tmp_path)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        root = f"http://me:pass%40word@127.0.0.1:{server.server_port}/my tokens"
+        there = stream(f"{root}?sig=secret%2Fone", tmp_path / "cache")
+        here = stream(str(prepared), tmp_path / "unused")
+        equal(there.batch(3), here.batch(3))
+        assert {path.partition("?")[0].rpartition("/")[0] for path, _ in seen} == {
+            "/my%20tokens",
+            "/my%20tokens/shards",
+        }
+        assert {header for _, header in seen} == {"Basic " + base64.b64encode(b"me:pass@word").decode()}
+        with pytest.raises(DataError) as error:
+            stream(f"{root}?sig=secret%2Ftwo", tmp_path / "other")
+        server.shutdown()
+    said = str(error.value)
+    assert said.startswith(f"data.path = 'http://127.0.0.1:{server.server_port}/my tokens?...': http://127.0.0.1")
+    assert "/my%20tokens/manifest.json?...: HTTP 403" in said
+    for secret in ("secret", "pass", "me:"):
+        assert secret not in said
+
+
+def test_a_broken_path_is_named_with_its_setting(tmp_path):
+    with pytest.raises(DataError, match=r"data.path = '.*/nowhere': .*manifest.json: No such file"):
+        stream(str(tmp_path / "nowhere"), tmp_path / "cache")
