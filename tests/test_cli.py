@@ -199,3 +199,16 @@ def test_brackets_in_names_are_printed_as_they_are(folder, tmp_path, capsys):
     assert "[/b] and [x]" in capsys.readouterr().out
     assert main(["train", str(folder / "run.yaml"), "data.path=n[/o]"]) == 1
     assert "n[/o]" in capsys.readouterr().err
+
+
+def test_a_length_that_was_never_trained_is_said(folder, capsys):
+    assert (
+        main(["sample", str(folder / "model"), "length=70", "num_samples=2", "prompt=import", "alpha_0=1", "steps=3"])
+        == 0
+    )
+    said = capsys.readouterr().err
+    assert "warning: length = 70: positions from 64 on were never trained" in said
+    total = 2 * (70 - len(load_pretrained(folder / "model").tokenizer.encode("import")))
+    assert f"{total}/{total}" in said.replace(" ", "")
+    assert main(["sample", str(folder / "model"), "length=8", "num_samples=1"]) == 0
+    assert "warning" not in capsys.readouterr().err

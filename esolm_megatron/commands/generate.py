@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field
+from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 
 from esolm_megatron.commands import Placed, options, show
@@ -120,10 +121,18 @@ def run_sample(args: argparse.Namespace) -> int:
         prompt = torch.tensor(model.tokenizer.encode(chosen.prompt), dtype=torch.int64)
     given = [] if prompt is None else prompt.tolist()
     where = positions.tolist() if positions is not None else list(range(len(given)))
-    animation = None
+    trained = model.config.seq_length
+    animation: Any = None
+    shown: Any = nullcontext()
+    if length > trained:
+        said = f"warning: length = {length}: positions from {trained} on were never trained, and what stands there may be worthless"
+        Terminal(stderr=True, soft_wrap=True).print(said, highlight=False)
     if args.watch or args.html:
         animation = Animation(chosen.num_samples, length, model.tokenizer.decode, dict(zip(where, given, strict=True)))
-    with animation.live(chosen.seconds_per_pass) if animation and args.watch else nullcontext():
+        shown = animation.live(chosen.seconds_per_pass) if args.watch else shown
+    elif length > trained:  # it may take minutes
+        shown = animation = Filling(chosen.num_samples * (length - len(given)))
+    with shown:
         fields = chosen.sampling()
         if chosen.positions is not None:
             fields["order"] = torch.tensor(chosen.positions)
@@ -139,10 +148,23 @@ def run_sample(args: argparse.Namespace) -> int:
             watch=animation,
             **fields,
         )
-    if args.html and animation:
+    if args.html and isinstance(animation, Animation):
         animation.write_html(Path(args.html), f"{chosen.num_samples} samples of {Path(args.path).name}")
     show_samples(samples, model.tokenizer.decode, args.json)
     return 0
+
+
+class Filling(Progress):
+    """A progress bar of places that are filled, to be told of each pass."""
+
+    def __init__(self, places: int):
+        """places: that are to be filled."""
+        super().__init__(*Progress.get_default_columns(), MofNCompleteColumn(), console=Terminal(stderr=True))
+        self._task = self.add_task("tokens", total=places)
+
+    def __call__(self, number: int, rows: Any, positions: Any, tokens: Any) -> None:
+        """One pass is done."""
+        self.update(self._task, advance=len(positions))
 
 
 def show_samples(samples: Any, decode: Any, as_json: bool) -> None:

@@ -42,7 +42,9 @@ def run_launch(args: argparse.Namespace) -> int:
                 args.json,
             )
             return 0
-        env = os.environ | cluster.env | {"PYTHONPATH": f"{first.folder}/code:{os.environ.get('PYTHONPATH', '')}"}
+        # in a shell that SLURM has started, its names would say that the job is SLURM's
+        here = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+        env = here | cluster.env | {"PYTHONPATH": f"{first.folder}/code:{os.environ.get('PYTHONPATH', '')}"}
         sys.stdout.flush()
         os.execve(  # signals meant for us must reach the job
             sys.executable, [sys.executable, "-P", "-u", "-m", "esolm_megatron.launch.job", str(first.folder)], env

@@ -6,13 +6,16 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from esolm_megatron.errors import UserError
 from esolm_megatron.launch.local import run_local
 from esolm_megatron.launch.record import Record, starts
 from esolm_megatron.launch.site import ClusterConfig, ask
@@ -66,9 +69,23 @@ def srun_command(cluster: ClusterConfig, part: str, folder: Path, output: str) -
     return [*words, *cluster.srun, *rank_command(cluster, part, folder)]
 
 
-def meeting_port(job_id: int, part: str) -> int:
-    """Where the ranks of a job meet, below the ports that the system gives away; the health check has its own."""
-    return 12000 + 2 * (job_id % 10000) + (part == "health")
+_PORTS = range(12000, 32000)
+"""Below those that the system gives away."""
+
+
+def meeting_port(job_id: int) -> int:
+    """Where the ranks of a job meet: by its number, or the next that nobody uses on this node, the job's first.
+
+    Jobs whose numbers are 10,000 apart begin at the same one.
+    """
+    first = 2 * (job_id % (len(_PORTS) // 2))
+    for step in range(0, len(_PORTS), 2):
+        port = _PORTS[(first + step) % len(_PORTS)]
+        with socket.socket() as probe, suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what has just ended does not count
+            probe.bind(("", port))
+            return port
+    raise UserError(f"no port of {_PORTS.start} to {_PORTS.stop - 1} is free on {os.uname().nodename}")
 
 
 class Slurm:
@@ -79,7 +96,10 @@ class Slurm:
         self.job_id = int(env["SLURM_JOB_ID"])
         count = int(env.get("SLURM_RESTART_COUNT", 0))
         self.attempt, self.restarted = f"{self.job_id}.{count}", count > 0
-        self.hosts = tuple(ask("scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"])[1].split())
+        status, text = ask("scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"])
+        if status:  # what it says then is no list of hosts
+            raise UserError(f"scontrol show hostnames {env['SLURM_JOB_NODELIST']}: {text.strip()}")
+        self.hosts, self.port = tuple(text.split()), meeting_port(self.job_id)
         self.told = ""
         self.again_after: float | None = None
         self.on_signal: Callable[[int], None] = lambda number: None
@@ -99,7 +119,7 @@ class Slurm:
         """Which ranks are on which node."""
         size = self.cluster.tasks
         ranks = (f"{i * size}-{i * size + size - 1} on {host}" for i, host in enumerate(self.hosts))
-        return f"ranks {', '.join(ranks)}; they meet at {self.hosts[0]}:{meeting_port(self.job_id, 'rank')}"
+        return f"ranks {', '.join(ranks)}; they meet at {self.hosts[0]}:{self.port}"
 
     def host_of(self, rank: int) -> str:
         """By --distribution=block."""
@@ -109,7 +129,7 @@ class Slurm:
         """srun's status; 124 when it took longer than limit_s. Ends early when another start takes over."""
         words = srun_command(self.cluster, part, self.folder, str(logs / f"{part}_%5t.txt"))
         env = os.environ | {
-            "MASTER_ADDR": self.hosts[0], "MASTER_PORT": str(meeting_port(self.job_id, part)),
+            "MASTER_ADDR": self.hosts[0], "MASTER_PORT": str(self.port + (part == "health")),
             "ESOLM_ATTEMPT": self.attempt, "ESOLM_LOGS": str(logs),
         }  # fmt: skip
         owner, begun, record = self.attempt, time.monotonic(), Record(self.run_dir)
@@ -162,7 +182,8 @@ def _answer(status: int, text: str) -> str:
 
 def _field(job: str, name: str) -> str:
     """One field of `scontrol show job`; empty where it is not there."""
-    found = re.search(rf"(?:^|\s){name}=(\S*)", ask("scontrol", "show", "job", "-o", job)[1])
+    status, text = ask("scontrol", "show", "job", "-o", job)
+    found = None if status else re.search(rf"(?:^|\s){name}=(\S*)", text)
     return found[1] if found else ""
 
 

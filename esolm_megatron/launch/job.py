@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from esolm_megatron.errors import UserError
 from esolm_megatron.launch import verdict
 from esolm_megatron.launch.executor import Local, Machine, Slurm
 from esolm_megatron.launch.health import report_file, together_file
@@ -152,7 +153,11 @@ class Job:
 def main(folder: Path) -> int:
     """The job's exit status. Outside SLURM the starts follow each other here."""
     if "SLURM_JOB_ID" in os.environ:
-        return Job(folder, Slurm).go()
+        try:
+            return Job(folder, Slurm).go()
+        except UserError as error:
+            sys.stderr.write(f"{error}\n")
+            return int(Ending.BAD_CONFIG)
     while True:
         job = Job(folder, Local)
         status = job.go()

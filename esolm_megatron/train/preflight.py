@@ -12,6 +12,7 @@ from esolm_megatron.config import Config, ConfigError, with_values, world_proble
 from esolm_megatron.config.yaml_text import read_mapping
 from esolm_megatron.data.stream import TokenStream
 from esolm_megatron.data.stream.mixture import sources_of
+from esolm_megatron.train.schedule import learning_rate
 
 _FREE_TO_CHANGE = {
     "runs_dir": None,
@@ -76,6 +77,25 @@ def refuse_other_run(config: Config) -> None:
             f"{config.run_dir} holds a run with other settings; choose another name, or restore these:\n"
             + "\n".join(changed)
         )
+
+
+def rate_jump(config: Config, step: int) -> str | None:
+    """What to say of a run that goes on from `step` with another number of steps, if its learning rate changes by that.
+
+    Ask before the run folder gets the new configuration.
+    """
+    file = config.run_dir / "config.yaml"
+    if not step or not file.exists():
+        return None
+    steps = config.train.num_steps
+    old = read_mapping(file, "sections").get("train", {}).get("num_steps", steps)
+    before, now = (learning_rate(step, config.optim, number) for number in (old, steps))
+    if abs(now - before) <= 1e-3 * before:
+        return None
+    return (
+        f"train.num_steps was {old:,} and is {steps:,}: by optim.schedule = {config.optim.schedule} the learning rate of step "
+        f"{step:,} is {now:.4g}, and would have been {before:.4g}; constant, and wsd before its decay, go on without a jump"
+    )
 
 
 def refuse_other_model(config: Config, model: Mapping[str, Any]) -> None:

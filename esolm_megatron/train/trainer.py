@@ -14,6 +14,7 @@ from esolm_megatron.config import Config
 from esolm_megatron.model.size import flops_per_step
 from esolm_megatron.parallel.engine import Engine, Staged, StepResult
 from esolm_megatron.parallel.replicas import accusations, compared
+from esolm_megatron.terminal import Terminal
 from esolm_megatron.train import preflight
 from esolm_megatron.train.collate import CollateAhead, noising
 from esolm_megatron.train.ending import Ending, StopRequest, mark, mark_running
@@ -94,6 +95,8 @@ class _Run:
         self.step = self.saved = resume(config, engine, self.feed)
         self._restore_guard()
         if engine.is_first_rank:
+            if jump := preflight.rate_jump(config, self.step):
+                Terminal(stderr=True, soft_wrap=True).print(f"warning: {jump}", highlight=False)
             prepare_run_folder(config)
             mark_running(config.run_dir, self.step)
         self.started = True

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import socket
 import subprocess
 import sys
 import time
@@ -11,7 +13,8 @@ import yaml
 from conftest import CLUSTER, Login
 
 from esolm_megatron.config import ConfigError
-from esolm_megatron.launch.executor import srun_command
+from esolm_megatron.errors import UserError
+from esolm_megatron.launch.executor import Slurm, meeting_port, srun_command
 from esolm_megatron.launch.site import ClusterConfig, cluster_problems, load_cluster
 from esolm_megatron.launch.submit import sweep
 
@@ -128,15 +131,16 @@ def test_a_sweep_is_written_field_by_field(here):
 
 
 def test_local_run_is_stopped_by_a_signal_and_resumed(here):
-    """--local: the same job, run folder and records, without SLURM."""
+    """--local: the same job, run folder and records, without SLURM; in a shell that SLURM has started, too."""
     import signal
     import subprocess
     import sys
 
+    inside = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "a[1-2]", "SLURM_PROCID": "3"}
     files = here.files({"nodes": 1}, train={"num_steps": 100_000})
     process = subprocess.Popen(
         [sys.executable, "-m", "esolm_megatron", "launch", *files, "--local"],
-        cwd=here.folder, env=here.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        cwd=here.folder, env=here.env | inside, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     run = here.folder / "runs" / "run"
     here.await_step(run, 20)
@@ -172,3 +176,23 @@ def test_the_table_shows_words_of_logs_as_they_are(tmp_path):
     console = Console(width=300, file=io.StringIO(), record=True)
     console.print(as_table([row(tmp_path, {})]))
     assert "rank 1 on n1: [/a/pair.cc:537] closed" in console.export_text()
+
+
+def test_jobs_ten_thousand_apart_meet_at_different_ports():
+    first = meeting_port(4711)
+    with socket.create_server(("", first)):
+        assert meeting_port(14711) == first + 2
+    with socket.create_server(("", meeting_port(9999))) as last:
+        assert last.getsockname()[1] == 31998
+        assert meeting_port(19999) == 12000
+
+
+def test_words_of_a_command_that_failed_are_no_hosts(tmp_path, monkeypatch):
+    """As in a shell of SLURM whose commands have gone, or whose node list is another cluster's."""
+    for failing in ("exit 1", "echo slurm_load_jobs error: no such thing >&2; exit 1"):
+        command = tmp_path / "scontrol"
+        command.write_text(f"#!/bin/sh\n{failing}\n")
+        command.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        with pytest.raises(UserError, match=r"scontrol show hostnames a\[1-2\]:"):
+            Slurm(tmp_path, None, tmp_path, {"SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "a[1-2]"})
