@@ -1,8 +1,10 @@
 """The whole path through the command line: text, shards, TP x PP x ZeRO training, export, bounds, text again; and bad input."""
 
 import json
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -212,3 +214,41 @@ def test_a_length_that_was_never_trained_is_said(folder, capsys):
     assert f"{total}/{total}" in said.replace(" ", "")
     assert main(["sample", str(folder / "model"), "length=8", "num_samples=1"]) == 0
     assert "warning" not in capsys.readouterr().err
+
+
+def test_a_run_folder_has_one_writer(folder):
+    """The second process is refused at once; a killed one's folder is taken over with a word."""
+    words = [
+        "name=twice",
+        "parallel.tensor_size=1",
+        "parallel.pipeline_size=1",
+        "parallel.sequence_parallel=false",
+        "log.wandb=off",
+    ]
+    command = [sys.executable, "-m", "esolm_megatron", "train", str(folder / "run.yaml"), *words]
+    first = subprocess.Popen([*command, "train.num_steps=100000"], stderr=subprocess.DEVNULL)
+    run = folder / "twice"
+    try:
+        end = time.monotonic() + 60
+        while not (run / "metrics.jsonl").exists():
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        before = sorted(p.name for p in run.iterdir())
+        second = subprocess.run(
+            [*command, "train.num_steps=5"], capture_output=True, text=True, check=False, timeout=60
+        )
+        assert second.returncode == 1
+        assert re.search(
+            rf"{run}: process {first.pid} on \S+ writes this run since \S+ \S+, with a sign of life", second.stderr
+        )
+        assert len(second.stderr.splitlines()) == 1
+        assert sorted(p.name for p in run.iterdir()) == before
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.wait()
+    third = subprocess.run([*command, "train.num_steps=5"], capture_output=True, text=True, check=False, timeout=60)
+    assert third.returncode == 0, third.stderr
+    assert f"process {first.pid} on " in third.stderr
+    assert "left this run without a word; taken over" in third.stderr
+    assert not (run / "writer.json").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,6 +21,7 @@ from esolm_megatron.train.collate import CollateAhead, noising
 from esolm_megatron.train.ending import Ending, StopRequest, mark, mark_running
 from esolm_megatron.train.feed import Feed
 from esolm_megatron.train.guard import Guard
+from esolm_megatron.train.lease import Lease
 from esolm_megatron.train.metrics import Metrics, Stragglers, WallClock, peak_flops
 from esolm_megatron.train.run_folder import prepare_run_folder, resume, set_aside
 from esolm_megatron.train.saver import Saver
@@ -54,11 +56,13 @@ def train(config: Config) -> Outcome:
 
     Raises:
         ConfigError: data, run folder or number of processes do not fit; before anything is written.
+        UserError: another process writes this run.
     """
     config = preflight.resolve(config)
     preflight.refuse_other_run(config)
-    stop = StopRequest()
-    with Watchdog(config.watchdog, config.run_dir, int(os.environ.get("RANK", 0))) as watchdog:
+    stop, rank = StopRequest(), int(os.environ.get("RANK", 0))
+    lease = Lease(config.run_dir) if rank == 0 else nullcontext()
+    with lease, Watchdog(config.watchdog, config.run_dir, rank) as watchdog:
         engine = Engine(config)
         run = _Run(config, engine, stop, watchdog)
         try:
