@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -99,6 +100,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status: 0 done, 2 bad input, 1 anything else that was foreseen; train: see Ending."""
+    if argv is None and sys.getfilesystemencoding() != "utf-8":
+        _start_in_utf8()
     grammar = parser()
     args, rest = grammar.parse_known_args(argv)
     for word in rest:  # words that come after a flag
@@ -117,6 +120,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _said(args.verb, missing)
     except (UserError, ValueError, OSError) as error:  # what users can mend: said in one piece, without a traceback
         return _said(args.verb, error)
+
+
+def _start_in_utf8() -> None:
+    """Begin again as a process whose words, files and names are UTF-8, whatever the locale says; those that it starts are, too."""
+    sys.stderr.write(f"esolm: the locale says {sys.getfilesystemencoding()}; text is UTF-8 here\n")
+    sys.stderr.flush()
+    os.environ["PYTHONUTF8"] = "1"
+    os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
 def _said(verb: str, error: Exception) -> int:

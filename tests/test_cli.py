@@ -1,6 +1,7 @@
 """The whole path through the command line: text, shards, TP x PP x ZeRO training, export, bounds, text again; and bad input."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -252,3 +253,17 @@ def test_a_run_folder_has_one_writer(folder):
     assert f"process {first.pid} on " in third.stderr
     assert "left this run without a word; taken over" in third.stderr
     assert not (run / "writer.json").exists()
+
+
+def test_text_is_utf8_under_any_locale(folder, tmp_path):
+    """Words, names of files and what is printed, where Python was told of ASCII."""
+    (tmp_path / "été.txt").write_text("Straße 東京", encoding="utf-8")
+    env = os.environ | {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    words = ["score", str(folder / "model"), "prompt=über", f"file={tmp_path}/été.txt", "orders=1", "--json"]
+    command = [sys.executable, "-m", "esolm_megatron", *words]
+    odd = subprocess.run(command, capture_output=True, env=env, check=False)
+    assert odd.returncode == 0, odd.stderr
+    assert odd.stderr.decode().splitlines()[0] == "esolm: the locale says ascii; text is UTF-8 here"
+    plain = subprocess.run(command, capture_output=True, check=True)
+    assert odd.stdout == plain.stdout
+    assert json.loads(plain.stdout)["texts"][0]["text"] == "Straße 東京"

@@ -20,6 +20,7 @@ from esolm_megatron.errors import optional
 
 EOS = "<|endoftext|>"
 MASK_TEXT = "[MASK]"
+CONFIG = "tokenizer_config.json"
 
 _FILES = [
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "config.json",
@@ -47,7 +48,7 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer, fast: Any, engine: Any):
         """`fast` is None where only `engine`, of the tokenizers library, is sure to be right."""
         self.fingerprint, self.vocab_size, self.eos_id = tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eos_id
-        self.fast, self._definition = fast, tokenizer.canonical
+        self.fast, self._definition, self._cuts = fast, tokenizer.canonical, tokenizer.cuts
         self._engine: Any = None if fast is not None else engine
 
     def encode_arrays(self, texts: Sequence[str], slow: list[int] | None = None) -> list[np.ndarray]:
@@ -73,7 +74,15 @@ class Encoder:
             self._engine = Engine.from_str(self._definition.decode())
         self._engine.encode_special_tokens = True  # which is lost when the library's tokenizer is sent
         encodings = self._engine.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.asarray(encoding.ids, np.uint32) for encoding in encodings]
+        out = [np.asarray(encoding.ids, np.uint32) for encoding in encodings]
+        for n, text in enumerate(texts):
+            if self._cuts is not None and self._cuts in text:
+                out[n] = np.asarray(self._whole.encode(text), np.uint32)
+        return out
+
+    @cached_property
+    def _whole(self) -> Tokenizer:
+        return Tokenizer(json.loads(self._definition), "tokenizer", self._cuts or EOS)
 
 
 class Tokenizer:
@@ -84,6 +93,9 @@ class Tokenizer:
     `canonical` is the definition as JSON in a fixed form; `fingerprint` is the sha256 of it, and of the end-of-text token unless
     that is <|endoftext|>. Text is only ever text: a document that spells out a special token does not get its id.
     """
+
+    chat_template: str | None = None
+    """Of the folder that it was loaded from; saved with it."""
 
     def __init__(self, definition: dict[str, Any], source: str, end_of_text: str = EOS):
         """`definition` is the tree of a tokenizer.json; `source` names it in errors."""
@@ -109,7 +121,10 @@ class Tokenizer:
             )
         self.eos_id: int = vocab[end_of_text]
         self.end_of_text = end_of_text
-        if self.eos_id in self._engine.encode(end_of_text, add_special_tokens=False).ids:
+        forged = self.eos_id in self._engine.encode(end_of_text, add_special_tokens=False).ids
+        self.cuts: str | None = end_of_text if forged and len(end_of_text) > 1 else None
+        """Text that is encoded in two pieces wherever it occurs, for as one it would be the end of a document."""
+        if forged and self.eos_id in self.encode(end_of_text):
             raise TokenizerError(
                 f"{source}: {end_of_text!r} is an ordinary token, which a text may hold, and cannot end one; name a special "
                 f"token by end_of_text, or add {EOS!r} to tokenizer.json"
@@ -117,11 +132,18 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without an end-of-text token."""
-        return list(_encoded(self._engine, text).ids)
+        return self._ids(self._engine, text)
 
     def encode_later(self, text: str) -> list[int]:
         """Token ids of `text` in the middle of a document: without the blank that some tokenizers put before the first word."""
-        return list(_encoded(self._inside, text).ids)
+        return self._ids(self._inside, text)
+
+    def _ids(self, engine: Any, text: str) -> list[int]:
+        if self.cuts is None or self.cuts not in text:
+            return list(_encoded(engine, text).ids)
+        before, _, after = text.partition(self.cuts)
+        first, rest = before + self.cuts[0], self.cuts[1:] + after
+        return [*_encoded(engine, first).ids, *self._ids(self._inside, rest)]
 
     def encode_pair(self, prompt: str, text: str) -> tuple[list[int], list[int]]:
         """Token ids of `prompt` and of the `text` after it, as both have them together.
@@ -200,9 +222,10 @@ class Tokenizer:
         path = Path(folder) / "tokenizer.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(self.canonical + b"\n")
-        if self.end_of_text != EOS:
-            names = json.dumps({"eos_token": self.end_of_text}, ensure_ascii=False)
-            path.with_name("tokenizer_config.json").write_text(names + "\n", encoding="utf-8")
+        config = {"eos_token": self.end_of_text, "chat_template": self.chat_template}
+        config = {k: v for k, v in config.items() if v is not None and v != EOS}
+        if config:
+            path.with_name(CONFIG).write_text(json.dumps(config, ensure_ascii=False) + "\n", encoding="utf-8")
         return path
 
 
@@ -245,7 +268,18 @@ def load_tokenizer(name_or_folder: str | Path, end_of_text: str | None = None) -
     if name == "bytes":
         return Tokenizer(_byte_definition(), "bytes", end_of_text or EOS)
     path = _from_hub(name) if name.startswith("hf://") else Path(name_or_folder)
-    end = end_of_text or _declared_end(path if path.is_dir() else path.parent) or EOS
+    folder = path if path.is_dir() else path.parent
+    declared = _read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
+    token, template = declared.get("eos_token"), declared.get("chat_template")
+    end = end_of_text or (token.get("content") if isinstance(token, dict) else token) or EOS
+    tokenizer = _found_in(path, name, end)
+    if (folder / "chat_template.jinja").is_file():
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    tokenizer.chat_template = template if isinstance(template, str) else None  # some have several, by name
+    return tokenizer
+
+
+def _found_in(path: Path, name: str, end: str) -> Tokenizer:
     if path.is_dir() and (path / "tokenizer.json").exists():
         path = path / "tokenizer.json"
     if path.is_file():
@@ -253,7 +287,7 @@ def load_tokenizer(name_or_folder: str | Path, end_of_text: str | None = None) -
         if "model" not in definition:
             raise TokenizerError(f"{path}: has no field `model`; give the tokenizer.json of the `tokenizers` library")
         return Tokenizer(definition, str(path), end)
-    if (path / "tokenizer_config.json").exists():
+    if (path / CONFIG).exists():
         return Tokenizer(_transformers_definition(path), name, end)
     if (path / "vocab.json").exists() and (path / "merges.txt").exists():
         return Tokenizer(_gpt2_definition(path), str(path), end)
@@ -261,12 +295,6 @@ def load_tokenizer(name_or_folder: str | Path, end_of_text: str | None = None) -
         f"tokenizer {name!r}: not found; write bytes, or a folder with tokenizer.json, or with vocab.json and merges.txt, "
         "or hf://NAME for one of the Hugging Face hub"
     )
-
-
-def _declared_end(folder: Path) -> str | None:
-    path = folder / "tokenizer_config.json"
-    token = _read_json(path).get("eos_token") if path.exists() else None
-    return token.get("content") if isinstance(token, dict) else token
 
 
 def _from_hub(address: str) -> Path:

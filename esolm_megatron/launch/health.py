@@ -52,7 +52,7 @@ def gpu_problems(expected: int) -> list[str]:
 def free_memory_gb() -> float:
     """Memory of this node that is free, in GiB; inf where the system does not say."""
     try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
         return int(lines["MemAvailable"].split()[0]) / 2**20
     except (OSError, KeyError):
         return float("inf")

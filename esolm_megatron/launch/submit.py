@@ -226,7 +226,7 @@ def submit(planned: Submission, *, chain: int = 1, again: bool = False) -> list[
     submitit = optional("submitit", "esolm launch (slurm/train.sbatch does without)")
     if not there("sbatch"):
         raise UserError("sbatch is not there: is this a login node? esolm launch --local needs no SLURM")
-    with tempfile.NamedTemporaryFile("w", suffix=".sh") as trial:
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".sh") as trial:
         trial.write(planned.script)
         trial.flush()
         status, text = ask("sbatch", "--test-only", trial.name)

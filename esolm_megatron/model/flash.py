@@ -234,7 +234,7 @@ def _cache_file(device: torch.device) -> Path:
 
 def _read(path: Path) -> Milliseconds:
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         return {name: {kernel: float(ms) for kernel, ms in times.items()} for name, times in found.items()}
     except (OSError, ValueError, AttributeError, TypeError):  # none yet, or cut off: measured anew
         return {}

@@ -130,14 +130,14 @@ def _self() -> dict[str, Any]:
     """This process, so that another one can tell whether it lives. world: the kernel and the numbers that `pid` is one of."""
     world = ""
     with suppress(OSError):
-        world = f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+        world = f"{Path('/proc/sys/kernel/random/boot_id').read_text(encoding='utf-8').strip()} {os.readlink('/proc/self/ns/pid')}"
     return {"host": os.uname().nodename, "pid": os.getpid(), "world": world, "begun": _begun(os.getpid())}
 
 
 def _begun(pid: int) -> str | None:
     """When a process began, in the kernel's own count; None if it does not run."""
     try:
-        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        after_name = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
         return None
     return None if after_name[0] in "ZX" else after_name[19]
@@ -159,7 +159,7 @@ def _is_dead(holder: dict[str, Any], silent_s: float) -> bool:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         return found if isinstance(found, dict) else {}
     except (OSError, ValueError):  # gone, or not written yet
         return {}

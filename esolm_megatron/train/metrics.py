@@ -190,7 +190,7 @@ def _drop_after(path: Path, step: int) -> list[int]:
     if not path.exists():
         return []
     lines, dropped = [], []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             of = json.loads(line)["step"]
             if of <= step:
@@ -224,7 +224,7 @@ def _start_wandb(config: Config) -> Any:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def plot_loss(metrics: Path, picture: Path) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from esolm_megatron.checkpoint import Checkpoint, CheckpointError
 from esolm_megatron.checkpoint import folder as checkpoint
 from esolm_megatron.config import Config, dump
+from esolm_megatron.data.shards import ShardMissing
+from esolm_megatron.data.shards.format import LocalTrouble
 from esolm_megatron.data.shards.shard_cache import open_folder
 from esolm_megatron.data.stream.mixture import sources_of
 from esolm_megatron.parallel.engine import Engine
@@ -26,9 +29,12 @@ def prepare_run_folder(config: Config) -> None:
     if (config.run_dir / "tokenizer").exists():
         return
     if place.remote:
-        definition = place.read("tokenizer/tokenizer.json", "copy the whole folder again")
+        files = {"tokenizer.json": place.read("tokenizer/tokenizer.json", "copy the whole folder again")}
+        with suppress(ShardMissing, LocalTrouble):  # tokenizers whose end is <|endoftext|> have none
+            files["tokenizer_config.json"] = place.read("tokenizer/tokenizer_config.json", "")
         (config.run_dir / "tokenizer").mkdir()
-        (config.run_dir / "tokenizer" / "tokenizer.json").write_bytes(definition)
+        for name, data in files.items():
+            (config.run_dir / "tokenizer" / name).write_bytes(data)
     elif (place.path / "tokenizer").is_dir():
         shutil.copytree(place.path / "tokenizer", config.run_dir / "tokenizer")
 
