@@ -217,6 +217,17 @@ def _names(source: _Source, rows: int) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def _check_names(source: _Source, rows: int, config: Path) -> None:
     wanted, found = dict(_names(source, rows)), source.tensors.shapes
+    bare = "embed_tokens.weight" in found
+    if bare or ("lm_head.weight" in wanted and "lm_head.weight" not in found):
+        who = (
+            "a model without a head wrote it (names do not begin with `model.`)"
+            if bare
+            else "lm_head.weight is missing"
+        )
+        raise ForeignModel(
+            f"{source.tensors.folder}: {who}, and what predicts tokens is the head; save the ...ForCausalLM, or, if its head is "
+            f"the embedding, load the weights into one with tie_word_embeddings = true in {config} and save that"
+        )
     for name, shape in wanted.items():
         if found.get(name) != shape:
             raise ForeignModel(

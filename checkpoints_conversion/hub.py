@@ -27,7 +27,10 @@ def config_fields(config: ModelConfig) -> dict[str, Any]:
     """What config.json says for `transformers`, and what follows from the shape: the copied code need not know how."""
     return {
         "architectures": [MODEL_CLASS.partition(".")[2]],
-        "auto_map": {"AutoConfig": CONFIG_CLASS, "AutoModel": MODEL_CLASS, "AutoModelForMaskedLM": MODEL_CLASS},
+        "auto_map": {
+            "AutoConfig": CONFIG_CLASS,
+            **dict.fromkeys(("AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM"), MODEL_CLASS),
+        },
         "tie_word_embeddings": False,
         "vocab": config.vocab,
         "mask_id": config.mask_id,
@@ -139,8 +142,8 @@ ids[0, -1] = model.config.mask_id
 model(ids).logits[0, -1]  # what the last token could be
 ```
 
-With esolm-megatron installed, `import esolm_megatron.huggingface` makes remote code unnecessary, and
-`esolm_megatron.load_pretrained` samples with a cache and computes exact likelihoods.
+With esolm-megatron installed, `model.generate(ids, max_new_tokens=64, do_sample=True, steps=16)` is its sampler, which has a cache,
+`import esolm_megatron.huggingface` makes remote code unnecessary, and `esolm_megatron.load_pretrained` computes exact likelihoods.
 """
 
 _LABELS = {

@@ -41,7 +41,8 @@ def without_secrets(text: str) -> str:
 
 
 EXTRAS = {
-    "train": ("deepspeed", "megatron", "torchao", "wandb"),
+    "train": ("deepspeed", "megatron", "wandb"),
+    "fp8": ("torchao",),
     "data": ("datasets", "matplotlib", "pyarrow", "zstandard"),
     "hf": ("transformers",),
     "serve": ("fastapi", "prometheus_client", "uvicorn"),

@@ -48,6 +48,8 @@ ids = tokenizer("Some", return_tensors="pt").input_ids
 assert model(ids).logits.shape == (1, 4, model.config.vocab)
 """
 
+LOW = "model.num_layers=3 train.precision=bf16 train.fp8=tensorwise"
+
 PROMISED = {
     "": [
         "--version", "--help", "plan run.yaml --processes 2 --device H100", "doctor",
@@ -63,6 +65,7 @@ PROMISED = {
               f"launch run.yaml --on cluster.yaml --local {SMALL} name=launched", "jobs runs", "sample out length=8 steps=2"],
     "data": [PREPARE.format("p", "lines.parquet"), PREPARE.format("z", "lines.jsonl.zst"), PREPARE.format("h", "hf://saved"),
              f"data mix run.yaml plot=mix.png {SMALL}", "data verify tokens plot=tokens.png"],
+    "fp8": [f"train run.yaml {SMALL} {LOW} name=low"],
     "hf": ["transformers"],
     "serve": ["serve"],
     "s3": ["s3"],
@@ -74,6 +77,7 @@ PROMISED = {
 REFUSED = {
     f"train run.yaml {SMALL}": "train",
     f"train run.yaml --processes 2 {SMALL}": "train",
+    f"train run.yaml {SMALL} {LOW}": "fp8",
     PREPARE.format("p", "lines.parquet"): "data",
     PREPARE.format("z", "lines.jsonl.zst"): "data",
     PREPARE.format("h", "hf://saved"): "data",

@@ -55,9 +55,9 @@ def run_train(args: argparse.Namespace) -> int:
     from esolm_megatron.train.preflight import check_run
 
     config = load(args.path, args.overrides)
-    require(("deepspeed", "megatron"), "training")
-    if config.train.fp8 != "none":
+    if config.train.fp8 != "none":  # the extra that brings it brings the others, too
         require(("torchao",), f"train.fp8={config.train.fp8}")
+    require(("deepspeed", "megatron"), "training")
     check_run(config, int(os.environ.get("WORLD_SIZE", args.processes or 1)))
     if (args.processes or 1) > 1 and "RANK" not in os.environ:
         return _train_here(args, config.run_dir)

@@ -3,7 +3,7 @@
 The files beside this one are also copied into every export, for those who have not installed this package.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from esolm_megatron.huggingface.configuration_esolm import EsoLMConfig
 from esolm_megatron.huggingface.modeling_esolm import EsoLMForMaskedLM
@@ -11,5 +11,5 @@ from esolm_megatron.huggingface.modeling_esolm import EsoLMForMaskedLM
 __all__ = ["EsoLMConfig", "EsoLMForMaskedLM"]
 
 AutoConfig.register(EsoLMConfig.model_type, EsoLMConfig, exist_ok=True)
-AutoModel.register(EsoLMConfig, EsoLMForMaskedLM, exist_ok=True)
-AutoModelForMaskedLM.register(EsoLMConfig, EsoLMForMaskedLM, exist_ok=True)
+for kind in (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM):
+    kind.register(EsoLMConfig, EsoLMForMaskedLM, exist_ok=True)

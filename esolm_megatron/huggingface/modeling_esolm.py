@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+from collections import defaultdict
+from copy import deepcopy
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
 from esolm_megatron.huggingface.configuration_esolm import EsoLMConfig
@@ -13,9 +18,13 @@ from esolm_megatron.model.attention import PackedAttention, PackedLayout
 from esolm_megatron.model.layers import PlainLinears
 from esolm_megatron.model.transformer import EsoLM
 
+SAMPLING = ("alpha_0", "steps", "schedule", "order", "top_p", "top_k", "temperature", "repetition_penalty")
+_ELSEWHERE = ("max_new_tokens", "max_length", "do_sample", "num_return_sequences", "eos_token_id", "pad_token_id", "mask_token_id",
+              "bos_token_id", "use_cache", "seed", "transformers_version")  # fmt: skip
+
 
 class EsoLMForMaskedLM(PreTrainedModel):
-    """Logits of masked and clean tokens, in one pass without a cache. esolm-megatron samples, with one."""
+    """Logits of masked and clean tokens, in one pass without a cache; `generate` is esolm-megatron's sampler, with one."""
 
     config_class = EsoLMConfig
     base_model_prefix = ""
@@ -54,6 +63,78 @@ class EsoLMForMaskedLM(PreTrainedModel):
                 "must stay so; train with a tokenizer that has the new tokens"
             )
         return self.embedding
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Yes: so that transformers loads a generation configuration, and its pipelines ask."""
+        return True
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Token ids (B * num_return_sequences, P + max_new_tokens): `input_ids` (B, P) and what follows; pad after the end.
+
+        Ids of the mask within `input_ids` are holes, and are filled as well. attention_mask: (B, P), 0 on padding, on either side.
+        options: those of transformers' generation that this sampler has (max_new_tokens, max_length, do_sample,
+        temperature, top_k, top_p, repetition_penalty, num_return_sequences, eos_token_id, pad_token_id), and its own: alpha_0,
+        steps, schedule, order, seed; by default one drawn from torch's generator. Without do_sample, the likeliest tokens.
+
+        Raises:
+            ImportError: esolm-megatron, which has the sampler, is not installed.
+            ValueError: an option that the sampler does not have, or a value out of its range.
+        """
+        try:
+            sampling = importlib.import_module("esolm_megatron.inference")  # not copied into exports
+        except ImportError as error:
+            raise ImportError(
+                "generate: the sampler is in the package esolm-megatron; pip install esolm-megatron"
+            ) from error
+        asked = deepcopy(generation_config or self.generation_config).to_diff_dict() | options
+        asked = {name: value for name, value in asked.items() if value is not None}
+        plain = GenerationConfig().to_dict()
+        for name, value in asked.items():
+            if name not in (*SAMPLING, *_ELSEWHERE) and value != plain.get(name) and value is not False:
+                raise ValueError(f"generate: {name} = {value!r}: this sampler has no such option; leave it out")
+        ids = torch.empty(1, 0, dtype=torch.int64) if input_ids is None else input_ids.cpu()
+        keep = torch.ones_like(ids) if attention_mask is None else attention_mask.cpu()
+        new = asked.get("max_new_tokens") or max(asked.get("max_length", 20) - ids.shape[1], 0)
+        if not new and not (ids == self.config.mask_id).any():
+            raise ValueError(f"generate: max_new_tokens = {new}: there is no token to make")
+        ends = asked.get("eos_token_id")
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        count, pad = asked.get("num_return_sequences", 1), asked.get("pad_token_id", ends[0] if ends else 0)
+        fields = {name: asked[name] for name in SAMPLING if name in asked} | {
+            "stop_id": ends[0] if len(ends) == 1 else None
+        }
+        fields["temperature"] = fields.get("temperature", 1.0) if asked.get("do_sample") else 0.0
+        fields["seed"] = int(asked["seed"]) if "seed" in asked else int(torch.randint(2**31, ()))
+        model = sampling.PretrainedEsoLM(self._network, fields.pop("alpha_0", self.config.alpha_0))
+        out = torch.full((len(ids) * count, ids.shape[1] + new), pad)
+        out[:, : ids.shape[1]] = ids.repeat_interleave(count, 0)
+        alike = defaultdict(list)  # rows whose given tokens stand at the same places are sampled together
+        for row, kept in enumerate(keep.bool()):
+            alike[tuple((ids[row, kept] != self.config.mask_id).tolist())].append(row)
+        first = 0  # rows' ids name their random numbers
+        for given, rows in alike.items():
+            texts = torch.stack([ids[row, keep[row].bool()] for row in rows])
+            at = torch.tensor([place for place, known in enumerate(given) if known], dtype=torch.int64)
+            prompt = texts[:, at].repeat_interleave(count, 0)
+            made = model.sample(
+                len(prompt), len(given) + new, prompt=prompt, prompt_positions=at, first_row=first, **fields
+            )[0].cpu().clone()  # fmt: skip
+            first += len(prompt)
+            drawn = torch.ones(made.shape[1], dtype=torch.bool)
+            drawn[at] = False
+            ended = (torch.isin(made, torch.tensor(ends)) & drawn).int().cumsum(1)
+            made[(ended - torch.isin(made, torch.tensor(ends)).int() * drawn) > 0] = pad
+            for place, row in enumerate(row * count + n for row in rows for n in range(count)):
+                out[row, torch.cat([keep[row // count].bool(), torch.ones(new, dtype=torch.bool)])] = made[place]
+        return out.to(self.device)
 
     def forward(
         self,

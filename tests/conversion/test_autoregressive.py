@@ -150,3 +150,15 @@ def test_a_failed_probe_leaves_nothing(tmp_path, monkeypatch, wrong):
     with pytest.raises(ForeignModel, match="does not answer as the source does: largest difference"):
         import_autoregressive(tmp_path / "ar", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["ar"]
+
+
+def test_a_network_without_a_head_says_that_one_is_missing_and_can_be_tied(tmp_path):
+    whole = theirs("llama")
+    whole.model.save_pretrained(tmp_path / "headless")
+    for folder, words in (("headless", "a model without a head wrote it"), ("lost", "lm_head.weight is missing")):
+        if folder == "lost":
+            whole.save_pretrained(tmp_path / folder)
+            path = tmp_path / folder / "model.safetensors"
+            save_file({n: t for n, t in load_file(path).items() if n != "lm_head.weight"}, path)
+        with pytest.raises(ForeignModel, match=f"{words}.*save the ...ForCausalLM, or, .*tie_word_embeddings = true"):
+            import_autoregressive(tmp_path / folder, tmp_path / "out")

@@ -20,7 +20,7 @@ DEV = [f'{line}; extra == "dev"' for line in PROJECT["optional-dependencies"]["d
 
 INSTALLED = {
     "numpy": "2.1.0", "pydantic": "2.10.1", "pyyaml": "6.0.2", "rich": "13.9", "safetensors": "0.5.3", "xxhash": "3.5.0",
-    "tokenizers": "0.21.0", "torchao": "0.18.0", "torch": "2.11.0+cu130", "megatron-core": "0.16.1", "deepspeed": "0.19.8",
+    "tokenizers": "0.21.0", "torch": "2.11.0+cu130", "megatron-core": "0.16.1", "deepspeed": "0.19.8",
     "webdataset": "1.0.2", "wandb": "0.20.0", "matplotlib": "3.10.0", "transformers": "5.0.0",
     "tiktoken": "0.9.0",
 }  # fmt: skip

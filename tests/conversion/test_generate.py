@@ -1,0 +1,104 @@
+"""transformers' `generate` on an export is this package's sampler: same tokens, its own words for options, pipelines."""
+
+import pytest
+import torch
+from conversion.test_export import random_model, run_config
+
+from checkpoints_conversion import hub
+from esolm_megatron.data.tokenizer import load_tokenizer
+from esolm_megatron.inference import load_pretrained
+from esolm_megatron.model.pretrained import save_model
+
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    top = tmp_path_factory.mktemp("generate")
+    load_tokenizer("bytes").save(top / "tokenizer")
+    config = run_config(vocab_size=258, seq_length=64).model
+    save_model(
+        top / "m", config, 0.5, random_model(config, 0).named_parameters(), tokenizer_folder=top / "tokenizer",
+        extra=hub.files(config, 0.5, {}, top / "tokenizer"), extra_config=hub.config_fields(config),
+    )  # fmt: skip
+    return top / "m"
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    """By the code in the export."""
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+
+
+def test_tokens_are_those_of_the_sampler(folder, model):
+    ours = load_pretrained(folder)
+    prompt = torch.tensor([[97, 98, 99], [100, 101, 102]])
+    fields = {"steps": 4, "alpha_0": 1.0, "seed": 3, "top_p": 0.9, "temperature": 0.7}
+    made = model.generate(prompt, max_new_tokens=8, do_sample=True, num_return_sequences=2, eos_token_id=None, **fields)
+    expected = ours.sample(4, 11, prompt=prompt.repeat_interleave(2, 0), **fields)[0]
+    assert torch.equal(made, expected)
+    likeliest = model.generate(prompt, max_new_tokens=8, eos_token_id=None, seed=9)
+    assert torch.equal(likeliest, ours.sample(2, 11, prompt=prompt, temperature=0.0, seed=9)[0])
+    transformers.set_seed(5)
+    first = model.generate(prompt, max_new_tokens=8, do_sample=True)
+    transformers.set_seed(5)
+    assert torch.equal(first, model.generate(prompt, max_new_tokens=8, do_sample=True))
+    assert not torch.equal(first, model.generate(prompt, max_new_tokens=8, do_sample=True))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(model, side):
+    """Rows of different lengths together, and each alone."""
+    rows = [torch.tensor([97, 98]), torch.tensor([100, 101, 102, 103])]
+    ids, mask = torch.full((2, 4), 256), torch.zeros(2, 4, dtype=torch.long)
+    for n, row in enumerate(rows):
+        at = slice(4 - len(row), 4) if side == "left" else slice(len(row))
+        ids[n, at], mask[n, at] = row, 1
+    together = model.generate(ids, attention_mask=mask, max_new_tokens=6, alpha_0=0.0)
+    for n, row in enumerate(rows):
+        alone = model.generate(row[None], max_new_tokens=6, alpha_0=0.0)[0]
+        assert torch.equal(together[n, 4:], alone[len(row) :])
+    assert torch.equal(together[:, :4], ids)
+
+
+def test_holes_are_filled_and_what_follows_the_end_is_padding(model):
+    ids = torch.tensor([[97, 257, 99, 257, 100]])
+    made = model.generate(ids, max_new_tokens=3, do_sample=True, seed=1, eos_token_id=None)
+    assert made[0, [0, 2, 4]].tolist() == [97, 99, 100]
+    assert (made < 257).all()
+    ends = 0
+    for seed in range(40):
+        row = model.generate(
+            torch.tensor([[97]]), max_new_tokens=30, do_sample=True, seed=seed, top_k=200, pad_token_id=7
+        )[0, 1:].tolist()
+        if 256 in row:
+            ends += 1
+            assert set(row[row.index(256) + 1 :]) <= {7}
+    assert ends, "some text ends"
+
+
+def test_what_the_sampler_does_not_have_is_refused(model):
+    ids = torch.tensor([[97]])
+    for options, words in (
+        ({"num_beams": 4}, "num_beams = 4"),
+        ({"penalty_alpha": 0.6}, "penalty_alpha"),
+        ({"stepz": 3}, "stepz = 3"),
+    ):
+        with pytest.raises(ValueError, match=f"generate: {words}.*has no such option"):
+            model.generate(ids, max_new_tokens=2, **options)
+    with pytest.raises(ValueError, match="max_new_tokens = 0: there is no token to make"):
+        model.generate(ids, max_length=1)
+    with pytest.raises(ValueError, match="steps"):
+        model.generate(ids, max_new_tokens=2, steps=0)
+
+
+def test_pipelines(folder, model):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    write = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
+    (made,) = write("def f", max_new_tokens=8, do_sample=True, top_p=0.9)
+    assert made["generated_text"].startswith("def f")
+    assert len(made["generated_text"]) > 5
+    fill = transformers.pipeline("fill-mask", model=model, tokenizer=tokenizer)
+    assert [guess["sequence"][:2] for guess in fill("ab[MASK]d")] == ["ab"] * 5
+    mapped = transformers.AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True, device_map="cpu")
+    assert mapped.device.type == "cpu"
