@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from esolm_megatron.errors import UserError
+from esolm_megatron.errors import ConfigError, UserError
 from esolm_megatron.train.ending import Ending
 
 NAME = "writer.json"
@@ -32,7 +32,7 @@ class Lease:
     """While entered, this process is the writer of `run_dir`.
 
     Raises:
-        UserError: another one is, and lives; says who, and since when.
+        UserError: another one is, and lives; says who, and since when. ConfigError: the folder cannot be made.
     """
 
     def __init__(self, run_dir: Path):
@@ -41,7 +41,12 @@ class Lease:
         self._done = threading.Event()
 
     def __enter__(self) -> Lease:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"runs_dir: {self.path.parent} cannot be made: {error.strerror}; choose another"
+            ) from error
         mine = {
             "token": self.token,
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),

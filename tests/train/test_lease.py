@@ -123,3 +123,9 @@ def test_of_many_that_come_at_once_one_gets_a_dead_ones_folder(tmp_path):
         got = [one for one in pool.map(come, range(8)) if one is not None]
     assert len(got) == 1
     got[0].__exit__()
+
+
+def test_a_folder_that_cannot_be_made_is_named_with_its_setting(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"runs_dir: .*/file/run cannot be made: Not a directory; choose another"):
+        Lease(tmp_path / "file" / "run").__enter__()

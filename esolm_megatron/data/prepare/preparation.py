@@ -115,8 +115,13 @@ def prepare(config: PrepareConfig, progress: bool = True, stdin: BinaryIO | None
 @contextlib.contextmanager
 def _claimed(folder: Path) -> Iterator[None]:
     """The folder, made and held against a second `prepare` for the time of the block."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise ConfigError(
+            f"output = {str(folder)!r}: cannot be made: {error.strerror}; choose another folder"
+        ) from error
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

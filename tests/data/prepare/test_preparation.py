@@ -454,3 +454,11 @@ def test_a_document_that_no_engine_encodes_ends_the_run_or_is_left_out(tmp_path)
         assert record["counts"]["0"] == {"read": 3, "kept": 2, "text_bytes": 10, "unreadable": 1}
         assert record["notes"] == {"that no engine can encode": [1, f"{tmp_path}/b.txt, RuntimeError: Regex error"]}
         assert record["splits"]["train"]["documents"] == 2
+
+
+def test_a_folder_that_cannot_be_made_is_named_with_its_setting(tmp_path):
+    (tmp_path / "a.txt").write_text("alpha")
+    with pytest.raises(
+        ConfigError, match="output = '.*a.txt/out': cannot be made: Not a directory; choose another folder"
+    ):
+        prepare(small_config(tmp_path / "a.txt", tmp_path / "a.txt" / "out"), progress=False)
