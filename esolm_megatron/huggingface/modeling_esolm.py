@@ -98,7 +98,8 @@ class EsoLMForMaskedLM(PreTrainedModel):
         asked = {name: value for name, value in asked.items() if value is not None}
         plain = GenerationConfig().to_dict()
         for name, value in asked.items():
-            if name not in (*SAMPLING, *_ELSEWHERE) and value != plain.get(name) and value is not False:
+            known = name in (*SAMPLING, *_ELSEWHERE) or name.startswith("_")
+            if not known and value != plain.get(name) and value is not False:
                 raise ValueError(f"generate: {name} = {value!r}: this sampler has no such option; leave it out")
         ids = torch.empty(1, 0, dtype=torch.int64) if input_ids is None else input_ids.cpu()
         keep = torch.ones_like(ids) if attention_mask is None else attention_mask.cpu()

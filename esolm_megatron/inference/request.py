@@ -19,7 +19,7 @@ Order = Literal["random", "left_to_right", "block_distant"]
 """Places of the diffusion steps: random, from the left, or random ones of which a step takes those farthest apart."""
 
 
-EXTREME = 1e4
+EXTREME = 1e10
 """Temperatures and penalties up to it, and down to one over it, leave logits numbers that fp32 holds."""
 MOST = 2**63 - 1
 """Of whole numbers in a request."""
