@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
 from esolm_megatron.huggingface.configuration_esolm import EsoLMConfig
@@ -23,7 +23,7 @@ _ELSEWHERE = ("max_new_tokens", "max_length", "do_sample", "num_return_sequences
               "bos_token_id", "use_cache", "seed", "transformers_version")  # fmt: skip
 
 
-class EsoLMForMaskedLM(PreTrainedModel):
+class EsoLMForMaskedLM(PreTrainedModel, GenerationMixin):
     """Logits of masked and clean tokens, in one pass without a cache; `generate` is esolm-megatron's sampler, with one."""
 
     config_class = EsoLMConfig
@@ -64,13 +64,8 @@ class EsoLMForMaskedLM(PreTrainedModel):
             )
         return self.embedding
 
-    @classmethod
-    def can_generate(cls) -> bool:
-        """Yes: so that transformers loads a generation configuration, and its pipelines ask."""
-        return True
-
     @torch.no_grad()
-    def generate(
+    def generate(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
         generation_config: GenerationConfig | None = None,

@@ -24,10 +24,15 @@ def folder(tmp_path_factory):
     return top / "m"
 
 
-@pytest.fixture(scope="module")
-def model(folder):
-    """By the code in the export."""
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+@pytest.fixture(scope="module", params=["export", "package"])
+def model(folder, request):
+    """By the code in the export, and by that of the installed package."""
+    kind = transformers.AutoModelForCausalLM
+    if request.param == "package":
+        from esolm_megatron.huggingface import EsoLMForMaskedLM as kind
+    found = kind.from_pretrained(folder, trust_remote_code=True).eval()
+    assert found.generation_config.eos_token_id == 256
+    return found
 
 
 def test_tokens_are_those_of_the_sampler(folder, model):
