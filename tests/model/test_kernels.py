@@ -357,6 +357,7 @@ COMPILED = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from esolm_megatron.inference.decoding import draw_triton
 from esolm_megatron.model import attention_triton
 
 def compiled(kernel, pointers, numbers, constants):
@@ -369,6 +370,8 @@ pointers = dict.fromkeys(["q", "keys", "values"], "*bf16") | {"rows": "*i64", "s
 more = {"QUERIES": 2, "BLOCK_Q": 16, "BLOCK_K": 64, "EXACT": False}
 compiled(attention_triton._attend, pointers, {"row_stride": "i64", "scale": "fp32"}, sizes | more)
 compiled(attention_triton._merge, {"parts": "*fp32", "lse": "*fp32", "out": "*bf16"}, {}, sizes | {"SPLITS": 16})
+pointers = dict.fromkeys(["raw", "rows", "tokens"], "*i64") | dict.fromkeys(["logits", "sums", "log_probs"], "*fp32")
+compiled(draw_triton._draw, pointers | {"kinds": "*fp64"}, {}, {"BLOCKS": 256, "TILE": 16})
 """
 
 
