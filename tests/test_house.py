@@ -20,11 +20,11 @@ ALL = [*MODULES, *sorted((ROOT / "checkpoints_conversion").rglob("*.py"))]
 LINES_PER_FILE = 500
 CODE_LINES = {
     "the core": (
-        6200,
+        6350,
         "model objective parallel train checkpoint config errors terminal topology lazy version",
     ),
     "data": (3200, "data"),
-    "inference": (1850, "inference huggingface evaluate sample score"),
+    "inference": (2000, "inference huggingface evaluate sample score"),
     "what starts and watches runs": (2650, "launch plan doctor commands cli __init__ __main__"),
 }
 """Most lines of code in each part, and the part's files and folders."""

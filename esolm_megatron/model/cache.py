@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from esolm_megatron.config import ModelConfig
+from esolm_megatron.model.kernels import cached_attention
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,9 @@ class Queries:
     """Fed tokens that look something up together, laid out as a rectangle of (rows, width) for one attention call.
 
     padded: (T,) where in the rectangle each is; None where they fill it as they come. bias: (rows, 1, width, horizon),
-    minus infinity where a key is not seen; None where all keys below the horizon are.
+    minus infinity where a key is not seen; None where all keys below the horizon are. seen: (rows * width, 3) int32, what
+    each sees, as a GPU's kernel wants it (model/attention_triton.py); None elsewhere. stored: (rows,) int64, rows of the
+    cache; None for the first ones.
     """
 
     num_rows: int
@@ -37,6 +40,8 @@ class Queries:
     horizon: int
     padded: Tensor | None
     bias: Tensor | None
+    seen: Tensor | None = None
+    stored: Tensor | None = None
 
     @classmethod
     def of(
@@ -48,6 +53,13 @@ class Queries:
         if len(rows) != num_rows * width:
             starts = counts.cumsum(0) - counts
             padded = (rows * width + torch.arange(len(rows)) - starts[rows]).to(like.device)
+        if cached_attention(like) is not None:
+            limit, first = (slots * 0, slots * 0) if groups is None else groups
+            seen = torch.stack([slots, limit, first], 1).to(like.device, torch.int32)
+            if padded is not None:
+                seen = seen.new_full((num_rows * width, 3), -1).index_copy_(0, padded, seen)
+            stored = torch.arange(num_rows, device=like.device)
+            return cls(num_rows, width, horizon, padded, None, seen, stored)
         if groups is None and int(slots.min()) + 1 == horizon:
             return cls(num_rows, width, horizon, padded, None)
         key = torch.arange(horizon, device=like.device)
@@ -65,6 +77,10 @@ class Queries:
         heads, groups, head_dim = q.shape[1], keys.shape[1], q.shape[2]
         if self.padded is not None:
             q = q.new_zeros(self.num_rows * self.width, heads, head_dim).index_copy_(0, self.padded, q)
+        kernel = None if self.seen is None else cached_attention(keys)
+        if kernel is not None:
+            out = kernel(q.contiguous(), keys, values, self.stored, self.seen)
+            return out if self.padded is None else out.index_select(0, self.padded)
         queries = heads // groups  # those that share a key are laid side by side, so that no key is repeated
         q = q.view(self.num_rows, self.width, groups, queries, head_dim).permute(0, 2, 3, 1, 4)
         bias = self.bias if self.bias is None or queries == 1 else self.bias.repeat(1, 1, queries, 1)

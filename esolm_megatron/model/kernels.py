@@ -9,7 +9,7 @@ Shapes: q, out, grad (B, N, Q, D); k, v (B, G, K, D), G divides N; log-sum-exp (
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -39,6 +39,17 @@ def wide_product(x: Tensor, matrix: Tensor) -> Tensor:
     if on_gpu(x):
         return torch.mm(x, matrix, out_dtype=torch.float32)
     return x.float() @ matrix.float()
+
+
+def cached_attention(like: Tensor) -> Callable[..., Tensor] | None:
+    """Attention over a cache of this type whose rows' lengths are data: see model/attention_triton.py. None: dense."""
+    if not on_gpu(like) or like.dtype == torch.float64:
+        return None
+    try:
+        from esolm_megatron.model.attention_triton import attend
+    except ImportError:  # torch for GPUs brings Triton on Linux
+        return None
+    return attend
 
 
 class Chunk(NamedTuple):

@@ -1,6 +1,9 @@
 """The branches that a GPU takes, on a CPU: calls of CUDA's operators against their signatures and against their rules."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import product
 
@@ -296,3 +299,87 @@ def test_a_gpu_without_a_right_kernel_is_refused(on_gpu, monkeypatch):
     monkeypatch.setattr(TorchFlash, "backward", Wrong.backward)
     with pytest.raises(flash.KernelError, match="flash attention of torch .* on cpu: relative error"):
         flash.choose(CPU)
+
+
+# ------------------------------------------------------------------------------------- attention over the cache's rows
+
+
+def seen_by(kind, width, length):
+    """(slot, limit, first) of a row's queries, ended by padding: one after another, or groups of masks that are rivals."""
+    queries = width - (length % 3 == 0)
+    slot = torch.arange(length - queries, length)
+    if kind == "causal":
+        return torch.stack([slot, slot * 0, slot * 0], 1), queries
+    group = torch.arange(queries) // 2 * 2
+    first = length - queries + group
+    return torch.stack([slot, first - group // 2, first], 1), queries
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("programs", [1, 10**6], ids=["whole", "split over keys"])
+@pytest.mark.parametrize(
+    ("heads", "groups", "width", "kind"), [(3, 3, 1, "causal"), (6, 2, 5, "causal"), (6, 2, 7, "groups"), (4, 1, 9, "groups")]
+)  # fmt: skip
+def test_rows_of_the_cache_attend_as_dense_arithmetic_says(monkeypatch, dtype, programs, heads, groups, width, kind):
+    """Ragged rows, in another order than they are stored; the truth in fp64, of the same rounded numbers."""
+    triton = pytest.importorskip("esolm_megatron.model.attention_triton")
+    monkeypatch.setattr(triton, "PROGRAMS", programs)
+    monkeypatch.setattr(triton, "BLOCK_K", 16)
+    generator, lengths, head_dim = torch.Generator().manual_seed(4), (11, 66, 30), 12
+    keys, values = torch.randn(2, 5, groups, 71, head_dim, generator=generator).to(dtype)
+    rows = torch.tensor([4, 0, 2])
+    parts = [seen_by(kind, width, length) for length in lengths]
+    seen = torch.full((3, width, 3), -1)
+    for i, (numbers, queries) in enumerate(parts):
+        seen[i, :queries] = numbers
+    q = torch.randn(3 * width, heads, head_dim, generator=generator).to(dtype)
+    for i, length in enumerate(lengths):  # nothing past a row's length is read
+        keys[rows[i], :, length:], values[rows[i], :, length:] = float("nan"), float("nan")
+    out = triton.attend(q, keys, values, rows, seen.view(-1, 3).int())
+    assert out.dtype == dtype
+    key, slot, limit, first = torch.arange(71), *seen.view(-1, 3, 1).unbind(1)
+    hidden = (key > slot) | ((key >= limit) & (key < first))
+    k, v = (x[rows].nan_to_num().double().repeat_interleave(heads // groups, 1) for x in (keys, values))
+    scores = torch.einsum("rwnd,rnkd->rwnk", q.view(3, width, heads, head_dim).double(), k) * head_dim**-0.5
+    p = scores.masked_fill(hidden.view(3, width, 1, 71), float("-inf")).softmax(-1).nan_to_num()
+    truth = torch.einsum("rwnk,rnkd->rwnd", p, v).reshape(out.shape)
+    step = torch.finfo(dtype).eps
+    bound = (
+        4 * step * torch.einsum("rwnk,rnkd->rwnd", p, v.abs()).reshape(out.shape) + 20 * torch.finfo(torch.float32).eps
+    )
+    assert ((out.double() - truth).abs() <= bound).all()
+    assert not out.view(3, width, -1)[[i for i, (_, n) in enumerate(parts) if n < width], -1].any(), (
+        "padding sees nothing"
+    )
+
+
+COMPILED = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from esolm_megatron.inference.decoding import draw_triton
+from esolm_megatron.model import attention_triton
+
+def compiled(kernel, pointers, numbers, constants):
+    kinds = dict.fromkeys(kernel.arg_names, "i32") | pointers | numbers | dict.fromkeys(constants, "constexpr")
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    triton.compile(ASTSource(kernel, kinds, values), target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+
+sizes = {"HEAD": 64, "WIDE": 64}
+pointers = dict.fromkeys(["q", "keys", "values"], "*bf16") | {"rows": "*i64", "seen": "*i32", "out": "*fp32", "lse": "*fp32"}
+more = {"QUERIES": 2, "BLOCK_Q": 16, "BLOCK_K": 64, "EXACT": False}
+compiled(attention_triton._attend, pointers, {"row_stride": "i64", "scale": "fp32"}, sizes | more)
+compiled(attention_triton._merge, {"parts": "*fp32", "lse": "*fp32", "out": "*bf16"}, {}, sizes | {"SPLITS": 16})
+pointers = dict.fromkeys(["raw", "rows", "tokens"], "*i64") | dict.fromkeys(["logits", "sums", "log_probs"], "*fp32")
+compiled(draw_triton._draw, pointers | {"kinds": "*fp64"}, {}, {"BLOCKS": 256, "TILE": 16})
+"""
+
+
+def test_kernels_compile_for_an_h200(tmp_path):
+    """Down to machine code; the interpreter takes more than the compiler does."""
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    script = tmp_path / "compiled.py"
+    script.write_text(COMPILED)
+    found = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from esolm_megatron.inference.request import Draw
+from esolm_megatron.model.kernels import on_gpu
 
 _BLOCK = 256
 
 
 DEFAULT = Draw()
+
+
+def fused_draw(like: Tensor) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """One kernel for rows of all kinds, for logits of this type: see draw_triton.py. None: `draw_tokens`."""
+    if not on_gpu(like) or like.dtype != torch.float32:
+        return None
+    try:
+        from esolm_megatron.inference.decoding.draw_triton import draw
+    except ImportError:  # torch for GPUs brings Triton on Linux
+        return None
+    return draw
 
 
 def draw_tokens(logits: Tensor, raw: Tensor, draw: Draw = DEFAULT, held: Tensor | None = None) -> tuple[Tensor, Tensor]:
