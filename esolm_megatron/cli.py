@@ -12,6 +12,8 @@ from esolm_megatron.errors import UserError, missing_package
 from esolm_megatron.terminal import Terminal
 from esolm_megatron.version import __version__
 
+_CHANGE = "alter optim, objective, dropout or fp8 of a run from its newest checkpoint on; the run folder keeps it"
+
 
 def parser() -> argparse.ArgumentParser:
     """The grammar."""
@@ -36,6 +38,8 @@ def parser() -> argparse.ArgumentParser:
         made.add_argument("path", metavar="RUN.yaml")
         made.add_argument("--processes", type=int, default=None, metavar="N", help="processes on this machine")
         fields(made, "override section.field of the file")
+        if name == "train":
+            made.add_argument("--change", action="append", default=[], metavar="field=value", help=_CHANGE)
         if name == "plan":
             made.add_argument("--device", default="H100", help="GPU that is planned for")
             made.add_argument("--mfu", type=float, default=0.4, help="share of its peak that is assumed")
@@ -46,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--local", action="store_true", help="run the job here, without SLURM")
     made.add_argument("--prepare", action="store_true", help="fill the run folder, for slurm/train.sbatch")
     made.add_argument("--resume", action="store_true", help="continue the run that is in the run folder")
+    made.add_argument("--change", action="append", default=[], metavar="field=value", help=_CHANGE)
     made.add_argument(
         "--sweep", action="append", default=[], metavar="field=a,b", help="one run for each value (an array)"
     )

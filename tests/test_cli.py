@@ -253,6 +253,15 @@ def test_a_run_folder_has_one_writer(folder):
     assert f"process {first.pid} on " in third.stderr
     assert "left this run without a word; taken over" in third.stderr
     assert not (run / "writer.json").exists()
+    fourth = subprocess.run(
+        [*command, "train.num_steps=7", "--change", "optim.lr=1e-3", "--processes", "1"],
+        capture_output=True,
+        check=False,
+    )
+    assert fourth.returncode == 0, fourth.stderr
+    (line,) = (run / "changes.jsonl").read_text().splitlines()
+    assert json.loads(line)["set"] == {"optim.lr": [1e-2, 1e-3]}
+    assert [json.loads(x)["lr"] for x in (run / "metrics.jsonl").read_text().splitlines() if '"lr"' in x][-1] == 1e-3
 
 
 def test_text_is_utf8_under_any_locale(folder, tmp_path):

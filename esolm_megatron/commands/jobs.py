@@ -21,6 +21,7 @@ def run_launch(args: argparse.Namespace) -> int:
     """Check everything, fill the run folder, and submit; or show it, or run it here."""
     from esolm_megatron.launch.site import load_cluster
     from esolm_megatron.launch.submit import check_cluster, plan_launches, submission, submit, sweep, write
+    from esolm_megatron.train import course
 
     cluster = load_cluster(args.on)
     if not args.local:
@@ -30,6 +31,13 @@ def run_launch(args: argparse.Namespace) -> int:
     if (args.local or args.prepare) and (args.sweep or args.chain > 1):
         raise ConfigError("--local and --prepare take one run: leave out --sweep and --chain")
     launches = plan_launches(args.path, args.overrides, cluster, sweep(args.sweep), again=args.resume)
+    if args.change:
+        if not args.resume or args.sweep or args.dry_run:
+            raise ConfigError(
+                "--change: alters one run that is continued; give --resume, and neither --sweep nor --dry-run"
+            )
+        course.change(launches[0].config, args.change)
+        launches = plan_launches(args.path, args.overrides, cluster, sweep(args.sweep), again=True)
     first = launches[0]
     if args.dry_run:
         return _dry_run(args, submission(cluster, launches, chain=args.chain > 1))

@@ -52,9 +52,10 @@ def _doctor_cluster(args: argparse.Namespace) -> int:
 
 def run_train(args: argparse.Namespace) -> int:
     """Train, in this process or in `--processes` of them."""
+    from esolm_megatron.train import course
     from esolm_megatron.train.preflight import check_run
 
-    config = load(args.path, args.overrides)
+    config = course.change(course.with_changes(load(args.path, args.overrides)), args.change)
     if config.train.fp8 != "none":  # the extra that brings it brings the others, too
         require(("torchao",), f"train.fp8={config.train.fp8}")
     require(("deepspeed", "megatron"), "training")
@@ -84,7 +85,14 @@ def _train_here(args: argparse.Namespace, run_dir: Path) -> int:
             killed.append(f"rank {rank}: {signal.strsignal(-code)}")
 
     began = time.time()
-    command = [sys.executable, "-m", "esolm_megatron", "train", args.path, *args.overrides]
+    command = [
+        sys.executable,
+        "-m",
+        "esolm_megatron",
+        "train",
+        args.path,
+        *args.overrides,
+    ]  # what changes is written down
     status = run_local(command, args.processes, on_failure=note)
     said = ending.read(run_dir)
     if killed and said:  # its last words were those of the others, which miss it

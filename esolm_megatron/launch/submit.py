@@ -28,6 +28,7 @@ from esolm_megatron.config import Config, ConfigError, UserError, check, dump, i
 from esolm_megatron.errors import optional
 from esolm_megatron.launch.site import ClusterConfig, ask, cluster_problems, partitions, there
 from esolm_megatron.launch.slurm_queue import refuse_running
+from esolm_megatron.train.course import with_changes
 from esolm_megatron.train.ending import write_json
 from esolm_megatron.train.preflight import check_run, resolve
 
@@ -95,7 +96,7 @@ def plan_launches(
     """
     launches = []
     for point in grid:
-        config = _at_home(load(path, [*overrides, *point]), cluster, point)
+        config = with_changes(_at_home(load(path, [*overrides, *point]), cluster, point))
         if config.run_dir.exists() and not again:
             raise ConfigError(
                 f"{config.run_dir}: exists; give --resume to continue it, or choose another name with name=..."

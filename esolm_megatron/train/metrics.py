@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from esolm_megatron.config import Config
 from esolm_megatron.errors import without_secrets
 from esolm_megatron.terminal import Terminal
+from esolm_megatron.train.course import recorded
 
 logger = logging.getLogger(__name__)
 
@@ -217,6 +218,7 @@ def _start_wandb(config: Config) -> Any:
         project=config.log.wandb_project,
         name=config.name,
         dir=str(config.run_dir),
+        allow_val_change=True,  # a run's course, see course.py
         mode="offline" if config.log.wandb == "offline" else "online",
         config=json.loads(without_secrets(config.model_dump_json())),
     )
@@ -243,6 +245,9 @@ def plot_loss(metrics: Path, picture: Path) -> None:
     points = [(x["step"], x["validation_nelbo"]) for x in lines if "validation_nelbo" in x]
     if points:
         axes.plot(*zip(*points, strict=True), "o-", label="validation NELBO (moving average)", color="black", ms=4)
+    for change in recorded(metrics.parent):
+        label = ", ".join(f"{name} = {after}" for name, (_, after) in change["set"].items())
+        axes.axvline(change["step"], color="grey", ls=":", label=label)
     axes.set(xlabel="step", ylabel="nats per token", title=f"Loss of {metrics.parent.name}")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -74,7 +74,7 @@ def refuse_other_run(config: Config) -> None:
         changed += [f"{section}.{key}: was {a!r}, now {b!r}" for key, a, b in _unlike(was, value, free)]
     if changed:
         raise ConfigError(
-            f"{config.run_dir} holds a run with other settings; choose another name, or restore these:\n"
+            f"{config.run_dir} holds a run with other settings; choose another name, restore these, or see --change:\n"
             + "\n".join(changed)
         )
 
