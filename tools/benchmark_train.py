@@ -47,6 +47,7 @@ from torch import Tensor
 
 from esolm_megatron.config import Config, ConfigError, load, with_values
 from esolm_megatron.data.stream import Batch
+from esolm_megatron.errors import UserError
 from esolm_megatron.model.layers import PlainLinears
 from esolm_megatron.model.size import flops_per_token, layer_parameters, num_parameters, run_capacity
 from esolm_megatron.model.transformer import EsoLM, initialise
@@ -411,7 +412,7 @@ def rows_of(case: Case, args: argparse.Namespace, peak: float) -> Iterator[dict[
                     "providers": running[kind].engine.providers,
                 }
             yield row | speed_of(row, config, peak)
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, UserError) as error:  # as torchao that is missing
         yield {**base, "kind": "+".join(case.kinds), "refused": str(error).splitlines()[0]}
     finally:
         for steps in running.values():
@@ -638,7 +639,7 @@ def arguments() -> argparse.Namespace:
 
     parser.add_argument("--sizes", type=names(SIZES), default="124m,1.7b,7b" if gpu else "mid", help=", ".join(SIZES))
     parser.add_argument("--alphas", default="1,0.25,0" if gpu else "1,0.5,0.25,0", help="alpha_0 of each line")
-    usual = "compile,compile+dropout" if gpu else "plain"
+    usual = "compile,compile+dropout,compile+fp8" if gpu else "plain"
     parser.add_argument("--options", type=names(OPTIONS), default=usual, help=f"of {', '.join(OPTIONS)}; a+b is both")
     parser.add_argument("--steps", type=int, default=5, help="measured steps of each kind (default: 5)")
     parser.add_argument("--rows", type=int, help="rows in a step (default: by size)")

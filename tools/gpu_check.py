@@ -450,7 +450,13 @@ def declared() -> list[Any]:
     """What training and its tests need, from pyproject.toml, as parsed requirements."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    lines = [*project["dependencies"], *extras["train"], *(x for x in extras["dev"] if re.match(r"pytest\b(?!-)", x))]
+    fp8 = [x for x in extras["fp8"] if not x.startswith(project["name"])]
+    lines = [
+        *project["dependencies"],
+        *extras["train"],
+        *fp8,
+        *(x for x in extras["dev"] if re.match(r"pytest\b(?!-)", x)),
+    ]
     return [found for found in map(requirement, lines) if found.name not in NOT_NEEDED]
 
 
