@@ -73,3 +73,12 @@ def test_a_profile_is_of_one_pass(model):
     ]
     assert linears[0] == pytest.approx(linears[1], rel=0.3)
     assert 4 < linears[0] < 40
+
+
+def test_left_to_right_at_fixed_shapes_is_the_same_baseline(model):
+    found = []
+    for fixed_shapes in (False, True):
+        torch.manual_seed(3)
+        found.append(benchmark.left_to_right(model, 3, 21, torch.device("cpu"), fixed_shapes))
+    assert torch.equal(*found)
+    assert len(found[0].unique()) > 20

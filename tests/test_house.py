@@ -20,11 +20,11 @@ ALL = [*MODULES, *sorted((ROOT / "checkpoints_conversion").rglob("*.py"))]
 LINES_PER_FILE = 500
 CODE_LINES = {
     "the core": (
-        6350,
+        6400,
         "model objective parallel train checkpoint config errors terminal topology lazy version",
     ),
     "data": (3200, "data"),
-    "inference": (2000, "inference huggingface evaluate sample score"),
+    "inference": (2100, "inference huggingface evaluate sample score"),
     "what starts and watches runs": (2700, "launch plan doctor commands cli __init__ __main__"),
 }
 """Most lines of code in each part, and the part's files and folders."""

@@ -37,8 +37,8 @@ from torch import Tensor
 
 from esolm_megatron.config import ModelConfig
 from esolm_megatron.inference import SampleRequest, sample
-from esolm_megatron.inference.decoding.cuda_graphs import RecordedPasses
-from esolm_megatron.inference.decoding.draw import draw_tokens
+from esolm_megatron.inference.decoding.cuda_graphs import RecordedPasses, Size
+from esolm_megatron.inference.decoding.draw import draw_tokens, fused_draw
 from esolm_megatron.inference.decoding.scheduler import plan_rows
 from esolm_megatron.model.cache import KVCache
 from esolm_megatron.model.layers import PlainLinears
@@ -153,21 +153,37 @@ def uncached(model: EsoLM, orders: Tensor, ks: list[int]) -> Tensor:
 
 
 @torch.inference_mode()
-def left_to_right(model: EsoLM, batch: int, length: int, device: torch.device) -> Tensor:
-    cache = KVCache(model.shape, batch, length + 1, model.embedding.weight.dtype, device)
-    fed = torch.zeros(batch, length + 1, dtype=torch.int64, device=device)
-    order = torch.arange(length + 1, device=device).expand(batch, -1)
-    recorded = RecordedPasses(model, cache, fed, order, True, None) if device.type == "cuda" else None
-    products, rows = FastProducts(model), np.arange(batch)
+def left_to_right(
+    model: EsoLM, batch: int, length: int, device: torch.device, fixed_shapes: bool | None = None
+) -> Tensor:
+    """Tokens (batch, length). fixed_shapes: passes as a GPU records them, there by default."""
+    fed = torch.zeros(
+        batch + 1, length + 2, dtype=torch.int64, device=device
+    )  # the first token is given, the last is spare
+    order = torch.arange(length + 2, device=device).expand(batch + 1, -1)
+    raw = torch.randint(2**62, fed.shape).to(device)
+    cache = KVCache(model.shape, batch, length + 2, model.embedding.weight.dtype, device)
+    kinds = torch.tensor([[1.0, 1.0, 0.0, 1.0]], dtype=torch.float64, device=device).expand(batch + 1, -1).contiguous()
+    rows, products, kernel = np.arange(batch), FastProducts(model), fused_draw(torch.empty(0, device=device))
+
+    def choose(logits: Tensor, at: Tensor, places: Tensor) -> Tensor:
+        words = raw[at, places]
+        return draw_tokens(logits, words)[0] if kernel is None else kernel(logits, words, at, kinds, None)[0]
+
+    if device.type == "cuda" if fixed_shapes is None else fixed_shapes:
+        passes = RecordedPasses(model, cache, fed, order, device.type == "cuda", ahead=1)
+        passes.plan(rows, np.tile(np.arange(length + 2), (batch, 1)))
+        passes.at_work(rows)
+        for _ in range(length):
+            passes(Size.around(batch, 1, 1, batch), choose)
+        return fed[:-1, 1:-1]
+    own = torch.from_numpy(rows)
     for place in range(length):
-        at = np.full(batch, place)
-        logits = None if recorded is None else recorded(rows, at, rows, rows)
-        if logits is None:
-            cache.begin_step(*(torch.from_numpy(x) for x in (rows, at, rows)))
-            with products:
-                logits = model(fed[:, place], order[:, place], cache)
-        fed[:, place + 1] = draw_tokens(logits, torch.randint(2**62, (batch,), device=device))[0]
-    return fed
+        cache.begin_step(own, own * 0 + place, own)
+        with products:
+            logits = model(fed[:-1, place], order[:-1, place], cache)
+        fed[:-1, place + 1] = choose(logits, own, own * 0 + place + 1)
+    return fed[:-1, 1:-1]
 
 
 def timed(action: Callable[[], object], device: torch.device) -> tuple[float, float]:
@@ -202,6 +218,7 @@ def cell(
         "uncached": lambda: uncached(model, orders, ks[:2]),
     }
     took: dict[str, list[tuple[float, float]]] = {}
+    recorded = (0, 0.0)
     stopped = set()
     for _ in range(repeats):
         for name in methods:
@@ -209,7 +226,9 @@ def cell(
                 continue
             began = time.perf_counter(), time.process_time()
             try:
-                found = timed(ways[name], device)
+                made: list = []
+                found = timed(lambda way=ways[name], made=made: made.append(way()), device)
+                recorded = made[0].recorded if name == "ours" else recorded
             except torch.OutOfMemoryError:
                 gc.collect()
                 torch.cuda.empty_cache()
@@ -224,6 +243,8 @@ def cell(
     for name, found in took.items():
         wall, cpu = (min(x) for x in zip(*found, strict=True))
         row = {**facts, "method": name, "wall_s": wall, "cpu_s": cpu, "tokens_per_s": batch * length / wall}
+        if name == "ours":
+            row |= {"shapes": recorded[0], "recording_s": recorded[1]}
         rows.append(row | {"first_s": found[0][0], "ms_per_pass": 1e3 * wall / len(ks), "stopped": name in stopped})
     return rows
 

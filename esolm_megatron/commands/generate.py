@@ -181,6 +181,9 @@ def show_samples(samples: Any, decode: Any, as_json: bool) -> None:
         ]
         print(json.dumps({"num_forward_passes": samples.num_forward_passes, "samples": out}))
         return
+    if samples.recorded[0]:
+        shapes, seconds = samples.recorded
+        Terminal(stderr=True).print(f"{shapes} shapes of passes were recorded for this call, in {seconds:.1f} s")
     for i, (text, total) in enumerate(zip(texts, totals, strict=True)):
         made = tokens.shape[1] - int(samples.saved[i])
         Terminal().rule(f"sample {i}   log p = {total:.1f}   {samples.num_forward_passes} passes for {made} tokens")

@@ -112,7 +112,9 @@ class PretrainedEsoLM:
             torch.cat(x) for x in zip(*((*p, p.order, p.saved) for p in parts), strict=True)
         )
         ks = of_one_length([ks for part in parts for ks in part.ks]) if request.own_schedules else parts[0].ks
-        return Samples(tokens, log_probs, orders, ks, max(p.num_forward_passes for p in parts), saved)
+        shapes, seconds = (sum(x) for x in zip(*(p.recorded for p in parts), strict=True))
+        passes = max(p.num_forward_passes for p in parts)
+        return Samples(tokens, log_probs, orders, ks, passes, saved, (shapes, seconds))
 
 
 def _shifted(watch: Watch, first: int) -> Watch:

@@ -10,16 +10,20 @@ Shapes: B rows, L places, S passes, M masks of a pass, V vocabulary.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from esolm_megatron.inference.decoding.cuda_graphs import sent
 from esolm_megatron.inference.decoding.decoder import Decoder, decode
-from esolm_megatron.inference.decoding.draw import draw_tokens
+from esolm_megatron.inference.decoding.draw import DEFAULT, draw_tokens, fused_draw
 from esolm_megatron.inference.decoding.scheduler import RowPlan, plan_rows
 from esolm_megatron.inference.decoding.speculative import decode_verified
 from esolm_megatron.inference.request import SampleRequest
@@ -38,12 +42,14 @@ class Samples(tuple[Tensor, Tensor]):
     order: (B, L) int64, the position generated k-th, the prompt's first. ks: places filled by each pass; with schedules
     of their own a list for each row, ended by zeros. num_forward_passes: passes through the network, each over a few
     places of every row. saved: (B,) int64, places that were not generated because the row's text had ended before them.
+    recorded: shapes of passes that a GPU recorded for this call, and the seconds that it took.
     """
 
     order: Tensor
     ks: list[Any]
     num_forward_passes: int
     saved: Tensor
+    recorded: tuple[int, float]
 
     def __new__(
         cls,
@@ -53,16 +59,18 @@ class Samples(tuple[Tensor, Tensor]):
         ks: Sequence[Any],
         num_forward_passes: int | None = None,
         saved: Tensor | None = None,
+        recorded: tuple[int, float] = (0, 0.0),
     ) -> Samples:
         """The two tensors as the tuple, the rest as attributes."""
         samples = super().__new__(cls, (tokens, log_probs))
         samples.order, samples.ks = order, list(ks)
         samples.num_forward_passes = len(samples.ks) if num_forward_passes is None else num_forward_passes
         samples.saved = torch.zeros(len(tokens), dtype=torch.int64) if saved is None else saved
+        samples.recorded = recorded
         return samples
 
     def __getnewargs__(self) -> tuple[Any, ...]:
-        return self[0], self[1], self.order, self.ks, self.num_forward_passes, self.saved
+        return self[0], self[1], self.order, self.ks, self.num_forward_passes, self.saved, self.recorded
 
 
 class Filled(NamedTuple):
@@ -74,46 +82,96 @@ class Filled(NamedTuple):
     done: list[int]
 
 
+@dataclass
+class _Report:
+    """What a pass has made, before the host has read it: `tokens` (M,) may still be on their way.
+
+    at_work: rows of the pass. known: (R,) places that held tokens after it. born: (R,) which texts the rows held.
+    """
+
+    rows: NDArray[np.int64]
+    places: NDArray[np.int64]
+    tokens: Tensor
+    ready: torch.cuda.Event | None
+    at_work: NDArray[np.int64]
+    left: NDArray[np.bool_]
+    known: NDArray[np.int64]
+    born: NDArray[np.int64]
+
+
+LATE = 4
+"""Passes that a GPU has begun before the host reads what the first of them made."""
+
+
 class Sampler:
     """Rows that are sampled together, each with its own length, order, pace and way of drawing; they come and go.
 
-    `add` a plan while `free` has rows, call `step` until the row is among those done, read its `result`, and `release`
-    it. fed, log_probs: (R, L), in the generation order. saved: (R,) as in `Samples`.
+    `add` plans while `free` has rows, call `step` until a row is among those done, read its `result`, and `release` it. fed,
+    log_probs: (R + 1, L + 1), in the generation order, the last row and place spare. saved: (R,) as in `Samples`. late: passes
+    that are begun before the first of them is read.
     """
 
-    def __init__(self, model: EsoLM, num_rows: int, num_places: int):
+    def __init__(
+        self, model: EsoLM, num_rows: int, num_places: int, *, fixed_shapes: bool | None = None, late: int | None = None
+    ):
         device = model.embedding.weight.device
-        self.fed = torch.full((num_rows, num_places), model.shape.mask_id, device=device)
+        self.fed = torch.full((num_rows + 1, num_places + 1), model.shape.mask_id, device=device)
         self.order, self.raw = (torch.zeros_like(self.fed) for _ in range(2))
-        self.log_probs = torch.zeros(num_rows, num_places, dtype=_wide(model), device=device)
-        self.mask_id, self.decoder = model.shape.mask_id, Decoder(model, self.fed, self.order)
+        self.log_probs = torch.zeros(self.fed.shape, dtype=_wide(model), device=device)
+        self.kinds = torch.ones(num_rows + 1, 4, dtype=torch.float64, device=device)
+        self.kernel = fused_draw(self.log_probs)
+        self.mask_id, self.length = model.shape.mask_id, num_places
+        fused = self.kernel is not None
+        self.decoder = Decoder(model, self.fed, self.order, fixed_shapes=fixed_shapes, record=fused)
         self.plans: dict[int, RowPlan] = {}
         self.free = list(range(num_rows))[::-1]
         self.saved, self.ended_at = np.zeros(num_rows, np.int64), np.full(num_rows, num_places)
+        self.born, self.reports = np.zeros(num_rows, np.int64), deque[_Report]()
+        self.late = (LATE if device.type == "cuda" else 0) if late is None else late
 
     @property
     def busy(self) -> bool:
-        """Whether a row has passes left."""
-        return len(self.decoder.rows) > 0
+        """Whether a row has passes left, or made some that nobody was told of."""
+        return len(self.decoder.rows) > 0 or len(self.reports) > 0
+
+    def at_work(self, row: int) -> bool:
+        """Whether `step` has yet to say that a row is done."""
+        mine = (row in x.at_work and x.born[row] == self.born[row] for x in self.reports)
+        return row in self.decoder.rows or (self.saved[row] == 0 and any(mine))
 
     def add(self, plan: RowPlan) -> int:
         """Take a row in; returns its id."""
-        row, length, num_given = self.free.pop(), len(plan.order), len(plan.given)
-        self.plans[row] = plan
-        self.fed[row] = self.mask_id
-        self.fed[row, :num_given] = torch.from_numpy(plan.given)
-        self.order[row, :length] = torch.from_numpy(plan.order)
-        self.raw[row, :length] = torch.from_numpy(plan.raw)
-        self.log_probs[row] = 0
-        self.saved[row], self.ended_at[row] = 0, self.fed.shape[1]
-        self.decoder.add(row, plan.ks, num_given)
-        return row
+        return self.add_all([plan])[0]
+
+    def add_all(self, plans: Sequence[RowPlan]) -> list[int]:
+        """Take rows in at once; returns their ids."""
+        rows = [self.free.pop() for _ in plans]
+        fed = np.full((len(rows), self.length + 1), self.mask_id)
+        order, raw = np.zeros_like(fed), np.zeros_like(fed)
+        for i, plan in enumerate(plans):
+            fed[i, : len(plan.given)], order[i, : len(plan.order)], raw[i, : len(plan.raw)] = (
+                plan.given, plan.order, plan.raw
+            )  # fmt: skip
+        where = sent(np.array(rows), self.fed.device)
+        for store, values in ((self.fed, fed), (self.order, order), (self.raw, raw)):
+            store[where] = sent(values, self.fed.device)
+        self.log_probs[where] = 0
+        draws = [plan.draw for plan in plans]
+        kinds = [[x.temperature, x.top_p, x.top_k, x.repetition_penalty] for x in draws]
+        self.kinds[where] = torch.tensor(kinds, dtype=torch.float64).to(self.fed.device)
+        self.saved[rows], self.ended_at[rows] = 0, self.length
+        self.born[rows] += 1
+        for row, plan in zip(rows, plans, strict=True):
+            self.plans[row] = plan
+            self.decoder.add(row, plan.ks, len(plan.given))
+        return rows
 
     def release(self, row: int) -> None:
         """Let another row have this one's memory; a row that is not done is given up."""
         if row in self.decoder.rows:
             self.decoder.remove(row)
         del self.plans[row]
+        self.born[row] += 1
         self.free.append(row)
 
     def result(self, row: int) -> tuple[Tensor, Tensor]:
@@ -123,30 +181,62 @@ class Sampler:
         return tuple(_by_position(x[row, :length], order) for x in (self.fed, self.log_probs))  # type: ignore[return-value]
 
     def step(self, watched: bool = True) -> Filled | None:
-        """One pass over all rows. Without `watched`, and where no row can stop early, nothing is read back: None."""
+        """One pass over all rows, if any has one left, and what the oldest pass made that is to be told; None for none yet.
+
+        Without `watched`, and where no row can stop early, nothing is read back or told.
+        """
         before = self.decoder.rows.copy()
-        rows, places = self.decoder.step(self._choose)
-        stopping = any(self.plans[row].stop_id is not None for row in before.tolist())
-        if not watched and not stopping:
-            return None
-        at = torch.from_numpy(rows).to(self.fed.device), torch.from_numpy(places).to(self.fed.device)
-        tokens, positions = (x[at].cpu().numpy() for x in (self.fed, self.order))
-        if stopping:
-            for row in self.ended(rows, positions, tokens, self.decoder.known):
-                self.decoder.remove(row)
-        done = [row for row in before.tolist() if row not in self.decoder.rows]
-        return Filled(rows, positions, tokens, done)
+        if len(before):
+            penalised = any(self.plans[row].draw.repetition_penalty != 1 for row in before.tolist())
+            rows, places = self.decoder.step(self._choose, penalised)
+            stopping = any(self.plans[row].stop_id is not None for row in before.tolist())
+            if not watched and not stopping:
+                return None
+            self.reports.append(self._report(before, rows, places))
+        if self.reports and (len(self.reports) > self.late or not len(self.decoder.rows)):
+            return self._told(self.reports.popleft())
+        return None
+
+    def _report(self, before: NDArray[np.int64], rows: NDArray[np.int64], places: NDArray[np.int64]) -> _Report:
+        tokens = self.fed[sent(rows, self.fed.device), sent(places, self.fed.device)]
+        ready, left = None, np.isin(before, self.decoder.rows)
+        if tokens.is_cuda:
+            host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            tokens, ready = host.copy_(tokens, non_blocking=True), torch.cuda.Event()
+            ready.record()
+        return _Report(rows, places, tokens, ready, before, left, self.decoder.known.copy(), self.born.copy())
+
+    def _told(self, report: _Report) -> Filled:
+        """What a pass made of texts that are still there, and not yet over; a text that has ended is taken out."""
+        if report.ready is not None:
+            report.ready.synchronize()
+        same = report.born == self.born
+        here = same & (self.saved == 0)
+        mine = here[report.rows]
+        rows, places, tokens = report.rows[mine], report.places[mine], report.tokens.numpy()[mine]
+        found = zip(rows.tolist(), places.tolist(), strict=True)
+        positions = np.fromiter((self.plans[row].order[place] for row, place in found), np.int64, len(rows))
+        ended = self.ended(rows, positions, tokens, report.known)
+        for row in set(ended) & set(self.decoder.rows.tolist()):
+            self.decoder.remove(row)
+        over = report.at_work[here[report.at_work] & ~report.left].tolist()
+        return Filled(rows, positions, tokens, [*over, *(row for row in ended if row not in over)])
 
     def _choose(self, logits: Tensor, rows: Tensor, places: Tensor) -> Tensor:
-        draws = {row: self.plans[row].draw for row in self.decoder.rows.tolist()}
-        kinds = list(dict.fromkeys(draws.values()))
+        draws = {row: plan.draw for row, plan in self.plans.items()}
+        kinds = list(dict.fromkeys(draws[row] for row in self.decoder.rows.tolist()))
+        if self.kernel is not None:
+            held = self.fed[rows, :-1] if any(kind.repetition_penalty != 1 for kind in kinds) else None
+            tokens, self.log_probs[rows, places] = self.kernel(logits, self.raw[rows, places], rows, self.kinds, held)
+            return tokens
         tokens = torch.empty_like(places)
         for kind in kinds:
             mine = slice(None)
             if len(kinds) > 1:
-                mine = torch.tensor([draws[row] == kind for row in rows.tolist()], device=rows.device).nonzero()[:, 0]
+                own = [draws.get(row, DEFAULT) == kind for row in rows.tolist()]
+                mine = torch.tensor(own, device=rows.device).nonzero()[:, 0]
             at = rows[mine], places[mine]
-            held = self.fed[at[0]] if kind.repetition_penalty != 1 else None
+            held = self.fed[at[0], :-1] if kind.repetition_penalty != 1 else None
             tokens[mine], self.log_probs[at] = draw_tokens(logits[mine], self.raw[at], kind, held)
         return tokens
 
@@ -162,16 +252,19 @@ class Sampler:
         rows, positions, tokens: (M,), what a pass has filled. known: (R,) places that hold tokens. The places left get
         end-of-text.
         """
-        found = []
+        found: list[int] = []
+        if all(plan.stop_id is None for plan in self.plans.values()):
+            return found
         stop_ids = np.array([self.plans[row].stop_id if self.plans[row].stop_id is not None else -1 for row in rows])
         ends = tokens == stop_ids
         np.minimum.at(self.ended_at, rows[ends], positions[ends])
-        for row in {row for row in rows.tolist() if self.ended_at[row] < self.fed.shape[1]}:
+        for row in {row for row in rows.tolist() if self.ended_at[row] < self.length}:
             plan = self.plans[row]
             left = plan.order[known[row] :]
             if len(left) and (left > self.ended_at[row]).all():
                 assert plan.stop_id is not None
                 self.fed[row, known[row] : len(plan.order)] = plan.stop_id
+                self.log_probs[row, known[row] :] = 0
                 self.saved[row] = len(left)
                 found.append(row)
         return found
@@ -191,26 +284,26 @@ def sample_rows(model: EsoLM, request: SampleRequest, watch: Watch | None = None
     """
     plans = plan_rows(request, model.shape.mask_id)
     sampler, count = Sampler(model, request.num_samples, request.length), 0
-    for plan in plans:
-        sampler.add(plan)
+    sampler.add_all(plans)
     _check_proposals(request)
+    fed, log_probs = sampler.fed[:-1, :-1], sampler.log_probs[:-1, :-1]
     if request.propose > 1:
         ended = None if request.stop_id is None else sampler.ended
-        rows = sampler.fed, sampler.order, sampler.log_probs
+        rows = fed, sampler.order[:-1, :-1], log_probs
         count = decode_verified(model, *rows, request, num_given=len(plans[0].given), watch=watch, ended=ended)
     while request.propose == 1 and sampler.busy:
         filled = sampler.step(watched=watch is not None)
         if watch is not None and filled is not None:
             watch(count, *filled[:3])
-        count += 1
-    if not bool(sampler.log_probs.isfinite().all()):
+            count += 1
+    if request.propose == 1:
+        count = sampler.decoder.passes
+    if not bool(log_probs.isfinite().all()):
         raise ValueError("the model's logits are not finite numbers: check its weights, or load it in a wider dtype")
     order_BL = torch.from_numpy(np.stack([plan.order for plan in plans])).to(sampler.order.device)
     ks: list[Any] = of_one_length([plan.ks for plan in plans]) if request.own_schedules else plans[0].ks
     saved = torch.from_numpy(sampler.saved)
-    return Samples(
-        _by_position(sampler.fed, order_BL), _by_position(sampler.log_probs, order_BL), order_BL, ks, count, saved
-    )
+    return Samples(_by_position(fed, order_BL), _by_position(log_probs, order_BL), order_BL, ks, count, saved)
 
 
 def of_one_length(schedules: list[list[int]]) -> list[list[int]]:
@@ -260,15 +353,16 @@ def schedule_log_probs(model: EsoLM, tokens: Tensor, order: Tensor, ks: ArrayLik
             f"that {num_given} given ones leave of {tokens.shape[1]}"
         )
     in_order = tokens.gather(1, order)
-    log_probs = torch.zeros(tokens.shape, dtype=_wide(model), device=tokens.device)
+    spare = F.pad(in_order, (0, 1, 0, 1))
+    log_probs = torch.zeros(spare.shape, dtype=_wide(model), device=tokens.device)
 
     def choose(logits: Tensor, rows: Tensor, places: Tensor) -> Tensor:
-        chosen = in_order[rows, places]
+        chosen = spare[rows, places]
         log_probs[rows, places] = logits.gather(1, chosen[:, None])[:, 0] - logits.logsumexp(-1)
         return chosen
 
     decode(model, in_order.clone(), order, ks, choose, num_given=num_given)
-    return _by_position(log_probs, order)
+    return _by_position(log_probs[:-1, :-1], order)
 
 
 def schedule_log_likelihood(

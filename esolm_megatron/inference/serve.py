@@ -207,11 +207,10 @@ class Worker:
             return not self.closing
 
     def _step(self, sampler: Sampler) -> None:
-        done = [row for row in self.at_work if row not in sampler.decoder.rows]  # those with nothing to fill
-        if sampler.busy:
-            filled = sampler.step()
-            assert filled is not None
-            self.passes += 1
+        done = [row for row in self.at_work if not sampler.at_work(row)]  # those with nothing to fill
+        filled = sampler.step()
+        self.passes = sampler.decoder.passes
+        if filled is not None:
             for row in set(filled.rows.tolist()):
                 mine = filled.rows == row
                 self.at_work[row].tell(positions=filled.positions[mine].tolist(), tokens=filled.tokens[mine].tolist())

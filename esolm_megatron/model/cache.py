@@ -72,6 +72,17 @@ class Queries:
             bias = bias.new_zeros(num_rows * width, horizon).index_copy_(0, padded, bias)
         return cls(num_rows, width, horizon, padded, bias.view(num_rows, 1, width, horizon))
 
+    @classmethod
+    def fixed(cls, stored: Tensor, slots: Tensor, like: Tensor) -> Queries:
+        """Of rows `stored` (rows,) of the cache and slots (rows, width), -1 for padding; nothing is asked of the host."""
+        (num_rows, width), horizon = slots.shape, like.shape[3]
+        if cached_attention(like) is not None:
+            seen = F.pad(slots.view(-1, 1), (0, 2)).int()
+            return cls(num_rows, width, horizon, None, None, seen, stored)
+        hidden = torch.arange(horizon, device=like.device) > slots.clamp(min=0)[:, None, :, None]
+        bias = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, float("-inf"))
+        return cls(num_rows, width, horizon, None, bias, None, stored)
+
     def attend(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """q (T, N, D), keys and values (rows, G, slots, D) -> (T, N, D)."""
         heads, groups, head_dim = q.shape[1], keys.shape[1], q.shape[2]
@@ -81,6 +92,7 @@ class Queries:
         if kernel is not None:
             out = kernel(q.contiguous(), keys, values, self.stored, self.seen)
             return out if self.padded is None else out.index_select(0, self.padded)
+        keys, values = (x[: self.num_rows] if self.stored is None else x[self.stored] for x in (keys, values))
         queries = heads // groups  # those that share a key are laid side by side, so that no key is repeated
         q = q.view(self.num_rows, self.width, groups, queries, head_dim).permute(0, 2, 3, 1, 4)
         bias = self.bias if self.bias is None or queries == 1 else self.bias.repeat(1, 1, queries, 1)
@@ -126,6 +138,18 @@ class KVCache:
         some = None if groups is None else (groups[0][places], groups[1][places])
         self.looked_at = places.to(device), Queries.of(rows[places], slots[places], horizon, some, self.keys)
 
+    def begin_fixed(self, rows: Tensor, slots: Tensor, inside: Tensor, looked_at: Tensor) -> None:
+        """As `begin_step`, at a fixed shape and of tensors on the device alone.
+
+        rows: (R,) of the cache. slots: (R, W) of what is fed; padding, where `inside` is false, has a spare one. looked_at:
+        (R, M) indices among these tokens.
+        """
+        own = torch.where(inside, slots, -1)
+        self.rows, self.slots = rows[:, None].expand_as(slots).reshape(-1), slots.reshape(-1)
+        self.queries = Queries.fixed(rows, own, self.keys)
+        at = looked_at.reshape(-1)
+        self.looked_at = at, Queries.fixed(rows, own.view(-1)[at].view(looked_at.shape), self.keys)
+
     @property
     def last(self) -> LastQueries:
         """The network's argument for this pass; not kept here, as it holds the cache, whose memory must go with its owner."""
@@ -137,8 +161,8 @@ class KVCache:
         self.values[:, target, :, :length] = self.values[:, source, :, :length]
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep k and v (T, G, D) of what is fed; keys and values (rows, G, slots, D) of the rows at work."""
-        keys, values = (x[layer, : self.queries.num_rows] for x in (self.keys, self.values))
+        """Keep k and v (T, G, D) of what is fed; keys and values (rows, G, slots, D) of all rows."""
+        keys, values = self.keys[layer], self.values[layer]
         keys[self.rows, :, self.slots] = k
         values[self.rows, :, self.slots] = v
         return keys, values

@@ -14,7 +14,7 @@ from parity import MASK, MODERN, Reference, fixture_path, load_case, metadata, r
 from esolm_megatron import load_pretrained
 from esolm_megatron.data.tokenizer import load_tokenizer
 from esolm_megatron.inference import PretrainedEsoLM, sample
-from esolm_megatron.inference.decoding import decoder
+from esolm_megatron.inference.decoding import cuda_graphs
 from esolm_megatron.inference.decoding.decoder import decode
 from esolm_megatron.inference.decoding.draw import Draw, _first_above, draw_tokens
 from esolm_megatron.inference.decoding.scheduler import binomial_schedule, draw_orders, uniform_schedule
@@ -177,7 +177,7 @@ def test_verified_proposals_take_one_cache(monkeypatch):
 def test_logits_are_made_some_at_a_time(monkeypatch):
     model, made = random_model(), []
     whole = sample(model, 3, 13, alpha_0=1.0, steps=2, top_k=5, repetition_penalty=1.3)
-    monkeypatch.setattr(decoder, "LOGITS_AT_ONCE", 4 * model.shape.vocab + 1)
+    monkeypatch.setattr(cuda_graphs, "LOGITS_AT_ONCE", 4 * model.shape.vocab + 1)
     model.head.register_forward_hook(lambda _, __, logits: made.append(len(logits)))
     parts = sample(model, 3, 13, alpha_0=1.0, steps=2, top_k=5, repetition_penalty=1.3)
     assert max(made) == 4

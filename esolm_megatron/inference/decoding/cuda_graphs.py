@@ -1,21 +1,23 @@
-"""Small passes at fixed shapes, which a GPU records once as CUDA graphs and replays without the host's launches.
+"""Passes whose every number lies on the device, at a few fixed shapes, which a GPU records once as CUDA graphs and replays.
 
-A pass over a few rows takes a GPU less time than the host needs to launch its kernels. So the tokens of all rows are
-laid out as a rectangle, of which each side is rounded up to one of a few sizes. All that changes between passes of
-one size is a block of integers; where they are filled up, tokens write to a slot that nobody sees:
+A pass over a few rows takes a GPU less time than the host needs to launch its kernels, so the host must do nothing but say
+"again". All that a pass has to know is known before the first one: where each row stands in each of its passes. That lies on
+the device, with the number of the pass that each row is at. A pass looks up what to feed, runs the network, draws, writes the
+tokens back, and counts itself. The tokens of all rows are a rectangle, of which each side is rounded up to one of a few sizes:
 
-    rows x width     fed tokens      row 0   x z z .        . writes to a spare slot; what it sees does not matter
+    rows x width     fed tokens      row 0   x z z .        . writes to a spare slot, and sees nothing
                                      row 1   x z . .
-                                     row 2   . . . .        no row is at work there
-    rows x masks     of these the head looks at
-    horizon          slots that can be seen
+                                     spare   . . . .        no row is at work there
+    rows x masks     of these the head looks at; what is drawn for nothing goes to a spare place, or row
 
-Passes of more tokens than `MOST_TOKENS` have work enough to hide launches, and are not padded.
+How long rows are, which they are, and how each is drawn, is data. A row that has no pass left feeds and fills nothing.
 """
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,33 +25,30 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from esolm_megatron.model.cache import KVCache, Queries
+from esolm_megatron.model.cache import KVCache
 from esolm_megatron.model.transformer import EsoLM
 
-MOST_TOKENS = 2048
-RECORD_AT = 8
-"""The pass of its size that is recorded: those before it warm the libraries up, and recording costs more than some passes."""
+Choose = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(logits (M, V), rows (M,), places (M,)) -> (M,) int64 tokens to put there; the spare row and place may be among them."""
+LOGITS_AT_ONCE = 2**28
+RECORD_AT = 2
+"""The pass of its size that is recorded; the one before it makes kernels and libraries ready."""
 MOST_GRAPHS = 256
 """Sizes that are recorded; a server may meet more, and each keeps some memory."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """Rows, tokens and masks of each, and the slots that are seen."""
+    """Rows, tokens and masks of each."""
 
     rows: int
     width: int
     masks: int
-    horizon: int
 
     @classmethod
-    def around(cls, rows: int, width: int, masks: int, horizon: int, most_rows: int, most_slots: int) -> Size:
-        """The next larger size: rows, width and masks as powers of two, the horizon in eighths of one, at least 64."""
-        step = max(64, _power_of_two(horizon) // 8)
-        slots = -(-horizon // step) * step
-        return cls(
-            min(_power_of_two(rows), most_rows), _power_of_two(width), _power_of_two(masks), min(slots, most_slots)
-        )
+    def around(cls, rows: int, width: int, masks: int, most_rows: int) -> Size:
+        """The next larger size: rows a power of two, others too up to 8, halves of it between up to 32, then quarters."""
+        return cls(min(_power_of_two(rows), most_rows), _rounded(width), _rounded(masks))
 
 
 def sent(array: NDArray[np.int64], device: torch.device) -> Tensor:
@@ -62,12 +61,28 @@ def _power_of_two(number: int) -> int:
     return 1 << (int(number) - 1).bit_length()
 
 
+def _rounded(number: int) -> int:
+    power = _power_of_two(number)
+    step = power if number <= 8 else power // 4 if number <= 32 else power // 8
+    return -(-int(number) // step) * step
+
+
+def chosen(model: EsoLM, hidden: Tensor, rows: Tensor, places: Tensor, choose: Choose) -> Tensor:
+    """Tokens (M,) for hidden states (M, H), some at a time: logits have a bound that knows nothing of batch and steps."""
+    tokens, count = [], max(1, LOGITS_AT_ONCE // model.shape.vocab)
+    for first in range(0, len(hidden), count):
+        part = slice(first, first + count)
+        tokens.append(choose(model.logits(hidden[part]), rows[part], places[part]))
+    return torch.cat(tokens)  # nothing is written before all are chosen: they must not see one another
+
+
 @dataclass
 class RecordedPasses:
-    """Logits of small passes over a cache that has one slot more than `fed` has places.
+    """Passes over rows that keep their own pace, filled in place.
 
-    record: make CUDA graphs; otherwise each pass runs as it is, at the same shapes. mask_id: what is fed where the head
-    looks; None for what `fed` holds there, as in autoregressive decoding. counts: passes of each size.
+    cache: one slot more than places. fed, order: (R + 1, L + 1) int64, see `Decoder`. record: make CUDA graphs; otherwise each pass
+    runs as it is, at the same shapes. ahead: 0 fills masks; 1 the place after each last token, as in autoregressive decoding.
+    counts: passes of each size. seconds: what recording took.
     """
 
     model: EsoLM
@@ -75,73 +90,73 @@ class RecordedPasses:
     fed: Tensor
     order: Tensor
     record: bool
-    mask_id: int | None
+    ahead: int = 0
     counts: Counter[Size] = field(default_factory=Counter)
+    seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        self._inputs: dict[Size, Tensor] = {}
-        self._graphs: dict[Size, torch.cuda.CUDAGraph] = {}
-        self._logits: dict[int, Tensor] = {}  # by their number, for all sizes that have as many
+        rows, places = self.fed.shape
+        self.bounds = self.fed.new_zeros(rows, places + 2)  # of each pass: places cached, known, and known after it
+        self.pass_of = self.fed.new_zeros(rows)
+        self.stored = self.fed.new_full((rows,), rows - 1)
+        self.graphs: dict[tuple[Size, object], torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.record else None
 
-    def __call__(
-        self, inside: NDArray[np.int64], slots: NDArray[np.int64], at: NDArray[np.int64], stored: NDArray[np.int64]
-    ) -> Tensor | None:
-        """Logits (M, V) of a pass, or None where it is too large.
+    def plan(self, rows: NDArray[np.int64], bounds: NDArray[np.int64]) -> None:
+        """Let rows (n,) start anew with these bounds (n, up to L + 3): a pass's three are those from its number on."""
+        where = sent(rows, self.fed.device)
+        last = np.repeat(bounds[:, -1:], self.bounds.shape[1] - bounds.shape[1], 1)
+        self.bounds[where] = sent(np.concatenate([bounds, last], 1), self.fed.device)
+        self.pass_of[where] = 0
 
-        inside: (T,) row of the cache of each fed token, in order. slots: (T,) its place. at: (M,) which are masks, some
-        of each row. stored: (R,) rows of `fed` that are at work.
-        """
-        counts, masks = np.bincount(inside), np.bincount(inside[at])
-        most_rows, most_slots = self.cache.keys.shape[1], self.cache.keys.shape[3] - 1
-        size = Size.around(len(counts), counts.max(), masks.max(), slots.max() + 1, most_rows, most_slots)
-        if size.rows * size.width > MOST_TOKENS:
-            return None
-        cell = inside * size.width + np.arange(len(inside)) - (np.cumsum(counts) - counts)[inside]
-        head = inside[at] * size.masks + np.arange(len(at)) - (np.cumsum(masks) - masks)[inside[at]]
-        rows, spare = size.rows, most_slots
-        block = np.zeros((4, rows, size.width), np.int64)
-        store, place, slot, is_mask = block.reshape(4, -1)
-        block[0, : len(stored)] = stored[:, None]
-        slot[:] = spare
-        place[cell], slot[cell], is_mask[cell[at]] = slots, slots, 1
-        looked_at = np.repeat(np.arange(rows), size.masks) * size.width
-        looked_at[head] = cell[at]
-        logits = self._run(size, sent(np.concatenate([store, place, slot, is_mask, looked_at]), self.fed.device))
-        return logits.index_select(
-            0, sent(head, self.fed.device)
-        )  # a copy: the next pass of this size writes over them
+    def at_work(self, rows: NDArray[np.int64]) -> None:
+        """Say which rows (n,) take part from now on."""
+        spare = np.full(len(self.stored) - len(rows), len(self.stored) - 1)
+        self.stored.copy_(sent(np.concatenate([rows, spare]), self.fed.device))
 
-    def _run(self, size: Size, values: Tensor) -> Tensor:
+    def __call__(self, size: Size, choose: Choose, kind: object = None) -> None:
+        """One pass. kind: names what decides the operators of `choose`, whose work is recorded with the pass."""
         self.counts[size] += 1
-        if size not in self._inputs:
-            self._inputs[size] = torch.empty_like(values)
-        inputs, number = self._inputs[size], size.rows * size.masks
-        inputs.copy_(values)
-        if size not in self._graphs:
-            if not self.record or self.counts[size] < RECORD_AT or len(self._graphs) == MOST_GRAPHS:
-                return self._forward(size, inputs)
-            if number not in self._logits:
-                self._logits[number] = torch.empty_like(self._forward(size, inputs))
+        key = size, kind
+        if key in self.graphs:
+            self.graphs[key].replay()
+        elif not self.record or self.counts[size] < RECORD_AT or len(self.graphs) == MOST_GRAPHS:
+            self.run(size, choose)
+        else:
+            begun = time.monotonic()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
-                self._logits[number].copy_(self._forward(size, inputs))
-            self._graphs[size] = graph
-        self._graphs[size].replay()
-        return self._logits[number]
+                self.run(size, choose)
+            self.graphs[key] = graph
+            self.seconds += time.monotonic() - begun
+            graph.replay()
 
-    def _forward(self, size: Size, inputs: Tensor) -> Tensor:
-        """Logits (rows x masks, V): a function of integers on the device, without a look at them."""
-        cache, tokens = self.cache, size.rows * size.width
-        stored, place, slot, is_mask, looked_at = inputs.split([tokens] * 4 + [size.rows * size.masks])
-        cache.rows = torch.arange(size.rows, device=inputs.device).repeat_interleave(size.width, output_size=tokens)
-        cache.slots = slot
-        hidden = torch.arange(size.horizon, device=inputs.device) > slot[:, None]
-        bias = cache.keys.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
-        cache.queries = Queries(size.rows, size.width, size.horizon, None, bias.view(size.rows, 1, size.width, -1))
-        looking = bias.index_select(0, looked_at).view(size.rows, 1, size.masks, -1)
-        cache.looked_at = looked_at, Queries(size.rows, size.masks, size.horizon, None, looking)
-        ids = self.fed[stored, place]
-        if self.mask_id is not None:
-            ids = ids.masked_fill(is_mask.bool(), self.mask_id)
-        return self.model(ids, self.order[stored, place], cache, last=cache.last)
+    def run(self, size: Size, choose: Choose) -> None:
+        """The pass itself: a function of integers on the device, without a look at them."""
+        row = self.stored[: size.rows]
+        number = self.pass_of[row]
+        begin, known, end = (self.bounds[row, number + i][:, None] for i in range(3))
+        if self.ahead:
+            known, end = known - 1, known
+        self.feed(size, row, begin, known, end, choose)
+        self.pass_of[row] = (number + 1).clamp_(max=self.bounds.shape[1] - 3)
+
+    def feed(self, size: Size, row: Tensor, begin: Tensor, known: Tensor, end: Tensor, choose: Choose | None) -> None:
+        """Feed the places from `begin` on and fill those from `known` to `end`, (rows, 1) each, of rows (rows,)."""
+        spare, device = self.fed.shape[1] - 1, self.fed.device
+        slot = begin + torch.arange(size.width, device=device)
+        inside = slot < end
+        place = torch.where(inside, slot, spare)
+        mask = known + torch.arange(size.masks, device=device)
+        corner = torch.arange(0, size.rows * size.width, size.width, device=device)[:, None]
+        looked_at = corner + (mask - begin).clamp_(0, size.width - 1)
+        self.cache.begin_fixed(row.clamp(max=self.cache.keys.shape[1] - 1), place, inside, looked_at)
+        ids = self.fed[row[:, None], place]
+        if not self.ahead:
+            ids = torch.where(slot < known, ids, self.model.shape.mask_id)
+        positions = self.order[row[:, None], place]
+        hidden = self.model(ids.view(-1), positions.view(-1), self.cache, last=self.cache.last, head=False)
+        if choose is not None:
+            filled = torch.where(mask < end, mask + self.ahead, spare).view(-1)
+            rows = row[:, None].expand_as(mask).reshape(-1)
+            self.fed[rows, filled] = chosen(self.model, hidden, rows, filled, choose)

@@ -7,22 +7,19 @@ join and leave between passes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from esolm_megatron.inference.decoding.cuda_graphs import RecordedPasses, sent
+from esolm_megatron.inference.decoding.cuda_graphs import Choose, RecordedPasses, Size, chosen, sent
 from esolm_megatron.model.cache import KVCache
 from esolm_megatron.model.products import FastProducts
 from esolm_megatron.model.transformer import EsoLM
 
-Choose = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(logits (M, V), rows (M,), places (M,)) -> (M,) int64 tokens to put there."""
-LOGITS_AT_ONCE = 2**28
 Filled = tuple[NDArray[np.int64], NDArray[np.int64]]
 """Rows (M,) and places (M,) that a pass has filled."""
 
@@ -30,33 +27,40 @@ Filled = tuple[NDArray[np.int64], NDArray[np.int64]]
 class Decoder:
     """Rows being filled in place, over a store of R rows of up to L places.
 
-    fed: (R, L) int64 *in the generation order*. order: (R, L), positions. rows: ids of the rows at work, as they lie in
-    the cache. known: (R,) places that hold tokens, from the first on; cached: (R,) those whose keys are kept.
-    fixed_shapes: pad small passes to a few shapes (inference/decoding/cuda_graphs.py); on GPUs by default.
+    fed: (R + 1, L + 1) int64 *in the generation order*; the last row and place are spare, for what is computed for nothing.
+    order: (R + 1, L + 1), positions. rows: ids of the rows at work; as they lie in the cache, without fixed shapes. known:
+    (R,) places that hold tokens, from the first on; cached: (R,) those whose keys are kept. passes: how many there were.
+    fixed_shapes: run passes at a few shapes, of numbers on the device (inference/decoding/cuda_graphs.py); on GPUs by
+    default. record: such passes may be recorded, as `choose` asks nothing of the host.
     """
 
-    def __init__(self, model: EsoLM, fed: Tensor, order: Tensor, *, fixed_shapes: bool | None = None):
-        num_rows, length = fed.shape
+    def __init__(
+        self, model: EsoLM, fed: Tensor, order: Tensor, *, fixed_shapes: bool | None = None, record: bool = False
+    ):
+        num_rows, length = (n - 1 for n in fed.shape)
         self.model, self.fed, self.order = model, fed, order
         self.fixed_shapes = fed.is_cuda if fixed_shapes is None else fixed_shapes
+        self.record = record and fed.is_cuda
         self.products = FastProducts(model)
-        self.rows = np.empty(0, np.int64)
+        self.rows, self.passes, self.fresh = np.empty(0, np.int64), 0, list[int]()
         self.known, self.cached, self.pass_of = (np.zeros(num_rows, np.int64) for _ in range(3))
         self.plan = np.zeros((num_rows, length + 1), np.int64)  # ended by a zero
 
     @cached_property
     def cache(self) -> KVCache:
         """Memory for all rows, taken when it is first needed."""
-        num_rows, length = self.fed.shape
+        num_rows, length = (n - 1 for n in self.fed.shape)
         return KVCache(self.model.shape, num_rows, length + 1, self.model.embedding.weight.dtype, self.fed.device)
 
     @cached_property
-    def recorded(self) -> RecordedPasses | None:
-        """Small passes at fixed shapes, where these are wanted."""
-        if not self.fixed_shapes:
-            return None
-        mask_id = self.model.shape.mask_id
-        return RecordedPasses(self.model, self.cache, self.fed, self.order, self.fed.is_cuda, mask_id)
+    def recorded(self) -> RecordedPasses:
+        """The passes at fixed shapes."""
+        return RecordedPasses(self.model, self.cache, self.fed, self.order, self.record)
+
+    @property
+    def recording(self) -> tuple[int, float]:
+        """Shapes of passes that were recorded, and the seconds that it took."""
+        return (len(self.recorded.graphs), self.recorded.seconds) if self.record and self.passes else (0, 0.0)
 
     def add(self, row: int, ks: ArrayLike, num_given: int) -> bool:
         """Start a row whose first `num_given` places are known; False if nothing is left to fill.
@@ -69,39 +73,76 @@ class Decoder:
         self.known[row], self.cached[row], self.pass_of[row] = num_given, 0, 0
         if len(steps):
             self.rows = np.append(self.rows, row)
+            self.fresh.append(row)
         return len(steps) > 0
 
     def remove(self, row: int) -> None:
-        """Take a row out; the last one in the cache moves to its place."""
+        """Take a row out; without fixed shapes the last one in the cache moves to its place."""
         at, last = int(np.flatnonzero(self.rows == row)[0]), len(self.rows) - 1
         if at != last:
-            self.cache.move(last, at, int(self.cached[self.rows[last]]))
+            if not self.fixed_shapes:
+                self.cache.move(last, at, int(self.cached[self.rows[last]]))
             self.rows[at] = self.rows[last]
         self.rows = self.rows[:last]
+        self.fresh = [x for x in self.fresh if x != row]
+        if self.fixed_shapes:
+            self.recorded.at_work(self.rows)
 
-    def step(self, choose: Choose) -> Filled:
-        """One pass over all rows at work: `choose` fills the next places of each. Rows that are done are taken out."""
-        rows, device = self.rows, self.fed.device
-        begin, known = self.cached[rows], self.known[rows]
-        masks = self.plan[rows, self.pass_of[rows]]
+    def step(self, choose: Choose, kind: object = None) -> Filled:
+        """One pass over all rows at work: `choose` fills the next places of each. Rows that are done are taken out.
+
+        kind: see `RecordedPasses`.
+        """
+        rows = self.rows.copy()
+        known, masks = self.known[rows], self.plan[rows, self.pass_of[rows]]
+        if self.fixed_shapes:
+            self._begin_fresh()
+            width = (known + masks - self.cached[rows]).max()
+            self.recorded(Size.around(len(rows), width, masks.max(), len(self.known)), choose, kind)
+        else:
+            self._packed(rows, self.cached[rows], known, masks, choose)
+        self.cached[rows] = known
+        self.known[rows] += masks
+        self.pass_of[rows] += 1
+        self.passes += 1
+        over = self.plan[rows, self.pass_of[rows]] == 0
+        if over.all():
+            self.rows = self.rows[:0]
+        else:
+            for row in rows[over]:
+                self.remove(row)
+        first = np.cumsum(masks) - masks
+        return np.repeat(rows, masks), np.arange(masks.sum()) + np.repeat(known - first, masks)
+
+    def _begin_fresh(self) -> None:
+        """Send the plans of rows that have come, at once."""
+        if not self.fresh:
+            return
+        rows = np.array(self.fresh)
+        self.fresh = []
+        steps = self.plan[rows, : int((self.plan[rows] > 0).sum(1).max())]
+        known = self.known[rows][:, None]
+        bounds = np.concatenate([self.cached[rows][:, None], known, known + np.cumsum(steps, 1)], 1)
+        self.recorded.plan(rows, bounds)
+        self.recorded.at_work(self.rows)
+
+    def _packed(
+        self,
+        rows: NDArray[np.int64],
+        begin: NDArray[np.int64],
+        known: NDArray[np.int64],
+        masks: NDArray[np.int64],
+        choose: Choose,
+    ) -> None:
+        """The pass without padding: what rows are fed lies end to end."""
         counts = known - begin + masks
         inside = np.repeat(np.arange(len(rows)), counts)
         slots = np.arange(len(inside)) - np.repeat(np.cumsum(counts) - counts - begin, counts)
         at = np.flatnonzero(slots >= known[inside])
-        filled = rows[inside[at]], slots[at]
-        where = tuple(sent(x, device) for x in filled)
-        logits = None if self.recorded is None else self.recorded(inside, slots, at, rows)
-        if logits is None:
-            with self.products:
-                self.fed[where] = self._chosen(self._hidden(inside, slots, at), where, choose)
-        else:
-            self.fed[where] = choose(logits, *where)
-        self.cached[rows] = known
-        self.known[rows] += masks
-        self.pass_of[rows] += 1
-        for row in rows[self.plan[rows, self.pass_of[rows]] == 0]:
-            self.remove(row)
-        return filled
+        where = sent(rows[inside[at]], self.fed.device), sent(slots[at], self.fed.device)
+        with self.products:
+            hidden = self._hidden(inside, slots, at)
+            self.fed[where] = chosen(self.model, hidden, *where, choose)
 
     def _hidden(self, inside: NDArray[np.int64], slots: NDArray[np.int64], at: NDArray[np.int64]) -> Tensor:
         """What the head wants (M, H) of the masks `at` (M,) among the tokens fed to rows `inside` (T,) at `slots` (T,)."""
@@ -111,28 +152,20 @@ class Decoder:
         tokens[self.cache.last.fed] = self.model.shape.mask_id
         return self.model(tokens, self.order[fed], self.cache, last=self.cache.last, head=False)
 
-    def _chosen(self, hidden: Tensor, where: tuple[Tensor, ...], choose: Choose) -> Tensor:
-        """Tokens (M,), chosen some at a time, so that logits have a bound that knows nothing of batch and steps."""
-        tokens = []
-        for part in torch.arange(len(hidden), device=hidden.device).split(
-            max(1, LOGITS_AT_ONCE // self.model.shape.vocab)
-        ):
-            logits = self.model.logits(hidden if len(part) == len(hidden) else hidden[part])
-            tokens.append(choose(logits, *(x[part] for x in where)))
-        return torch.cat(tokens)  # nothing is written before all are chosen: they must not see one another
-
 
 @torch.inference_mode()
 def decode(model: EsoLM, fed: Tensor, order: Tensor, ks: ArrayLike, choose: Choose, *, num_given: int = 0) -> int:
     """Fill `fed` in place, pass by pass; returns the number of passes.
 
     fed: (B, L) int64 *in the generation order*; its first `num_given` places are known, the others are overwritten by
-    what `choose` returns. order: (B, L). ks: (S,), or (B, S) for a plan of its own in each row, places per pass.
+    what `choose` returns; on GPUs it is also asked about a spare row B and place L. order: (B, L).
+    ks: (S,), or (B, S) for a plan of its own in each row, places per pass.
     """
-    decoder, passes = Decoder(model, fed, order), 0
+    room = F.pad(fed, (0, 1, 0, 1))
+    decoder = Decoder(model, room, F.pad(order, (0, 1, 0, 1)))
     for row, steps in enumerate(np.broadcast_to(ks, (len(fed), np.shape(ks)[-1]))):
         decoder.add(row, steps, num_given)
     while len(decoder.rows):
         decoder.step(choose)
-        passes += 1
-    return passes
+    fed.copy_(room[:-1, :-1])
+    return decoder.passes

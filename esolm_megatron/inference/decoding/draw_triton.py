@@ -1,8 +1,8 @@
 """`draw_tokens` as one Triton kernel: the same words, the same arithmetic, a row of logits each program, no copy of any.
 
-It reads a row twice (greatest logit; sums of weights by block) and the block with the token again. Tokens outside of a nucleus
-cost a further reading each, a top-k eight: its threshold is found digit by digit. How a row is drawn is data, so rows of all kinds
-share a launch, and nothing is asked of the host. Under TRITON_INTERPRET=1 it runs on CPU tensors.
+It reads a row twice (greatest logit; sums of blocks of weights) and one block again, where the token is. Tokens outside of a
+nucleus cost a further reading each, a top-k eight: its threshold is found digit by digit. How a row is drawn is data, so rows
+of all kinds share a launch, and nothing is asked of the host. Under TRITON_INTERPRET=1 it runs on CPU tensors.
 """
 
 # mypy: allow-untyped-defs

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from parity import random_model
 from test_sampler import chi_square_is_fine, close, uncached_logits
 
@@ -19,6 +20,8 @@ def planned(*args, mask_id, **fields):
     return plan_rows(SampleRequest(*args, **fields), mask_id)
 
 
+STOPS = {5: 3, 7: 5, 8: 17, 3: 13}
+"""Tokens of these rows below, which end there: at once, and long before they are full."""
 GIVEN = torch.tensor([[4, 0, 3, 10, 11, 1, 12, 5, 2, 9, 6, 8, 7], *torch.rand(3, 13).argsort(1).tolist()])
 KINDS = {
     "ancestral": {"schedule": "binomial"},
@@ -49,7 +52,8 @@ def test_every_step_of_every_kind_equals_the_uncached_network(kind, prompt, own)
     in_order, done = tokens.gather(1, samples.order), [num_given] * 4
     fed = torch.full_like(in_order, model.shape.mask_id)
     fed[:, :num_given] = in_order[:, :num_given]
-    decoder = Decoder(model, fed, samples.order)
+    fed, order = (F.pad(x, (0, 1, 0, 1)) for x in (fed, samples.order))
+    decoder = Decoder(model, fed, order)
     for row, ks in enumerate(np.broadcast_to(samples.ks, (4, len(samples.ks[0]) if own else len(samples.ks)))):
         decoder.add(row, ks, num_given)
 
@@ -103,35 +107,47 @@ def test_first_hitting_has_the_share_of_the_ancestral_sampler():
     assert abs(32 - np.mean(sequential) - 1 - 8) < 1
 
 
-def test_rows_come_and_go():
-    """Plans that enter when others leave give what they give alone, whatever memory they are put in."""
+@pytest.mark.parametrize(
+    "options", [{}, {"late": 3}, {"fixed_shapes": True, "late": 3}], ids=["now", "late", "fixed, late"]
+)
+def test_rows_come_and_go(options):
+    """Plans that enter when others leave give what they give alone, whatever memory they are put in, and when they are read."""
     model = random_model()
     kinds = list(KINDS.values())[:5]
     plans = [
         planned(
             1, 5 + i, mask_id=22, first_row=i, alpha_0=0.6, steps=1 + i % 3, seed=i,
-            top_p=0.8 if i % 2 else 1.0, repetition_penalty=1.0 + (i == 4), **kinds[i % 5],
+            top_p=0.8 if i % 2 else 1.0, repetition_penalty=1.0 + (i == 4), stop_id=STOPS.get(i), **kinds[i % 5],
         )[0]
         for i in range(9)
     ]  # fmt: skip
-    sampler, waiting, made, at = Sampler(model, 3, 13), list(range(9)), {}, {}
+    sampler, waiting, made, at = Sampler(model, 3, 13, **options), list(range(9)), {}, {}
+    told, saved = {i: {} for i in range(9)}, {}
     with torch.inference_mode():
         while waiting or sampler.busy:
             while waiting and sampler.free:
                 plan = waiting.pop(0)
                 at[sampler.add(plans[plan])] = plan
-            for row in sampler.step().done:
-                made[at[row]] = sampler.result(row)
+            filled = sampler.step()
+            for row, position, token in zip(*filled[:3], strict=True) if filled else ():
+                assert told[at[row]].setdefault(position, token) == token
+            for row in filled.done if filled else ():
+                assert not sampler.at_work(row)
+                made[at[row]], saved[at[row]] = sampler.result(row), int(sampler.saved[row])
                 sampler.release(row)
         assert len(sampler.free) == 3
+        assert any(saved.values()), "the test needs a row that is stopped"
         assert not sampler.plans
         for i, plan in enumerate(plans):
-            alone = Sampler(model, 1, 13)
+            alone = Sampler(model, 1, 13, late=5 * (i % 2))  # what follows an end is neither told nor kept
             alone.add(plan)
             while alone.busy:
                 alone.step()
             assert torch.equal(alone.result(0)[0], made[i][0])
             close(alone.result(0)[1], made[i][1])
+            assert saved[i] == alone.saved[0]
+            assert len(told[i]) == len(plan.order) - saved[i]
+            assert all(made[i][0][position] == token for position, token in told[i].items())
 
 
 # ------------------------------------------------------------------------------------------------------- early stops
