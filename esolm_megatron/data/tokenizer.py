@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from esolm_megatron.errors import optional
+from esolm_megatron.errors import of_setting, optional
 
 EOS = "<|endoftext|>"
 MASK_TEXT = "[MASK]"
@@ -121,7 +121,10 @@ class Tokenizer:
             )
         self.eos_id: int = vocab[end_of_text]
         self.end_of_text = end_of_text
-        forged = self.eos_id in self._engine.encode(end_of_text, add_special_tokens=False).ids
+        try:
+            forged = self.eos_id in self._engine.encode(end_of_text, add_special_tokens=False).ids
+        except Exception:  # some have no token for what they do not know; such a text ends no document either
+            forged = False
         self.cuts: str | None = end_of_text if forged and len(end_of_text) > 1 else None
         """Text that is encoded in two pieces wherever it occurs, for as one it would be the end of a document."""
         if forged and self.eos_id in self.encode(end_of_text):
@@ -340,6 +343,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -
 
     if vocab_size < 257:
         raise TokenizerError(f"vocab_size = {vocab_size}: 256 bytes and {EOS} need at least 257")
+    with of_setting("output", str(folder)):
+        Path(folder).mkdir(parents=True, exist_ok=True)
     engine = Engine(models.BPE())
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     engine.decoder = decoders.ByteLevel()
