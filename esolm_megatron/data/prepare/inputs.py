@@ -204,11 +204,10 @@ def check_input(path: str, field: TextField) -> None:
 def _line_fields(path: str, field: TextField) -> tuple[bool, dict[str, bool]]:
     """Whether one of the first lines has a text, and the fields of the first record; an empty file is no problem."""
     fields: dict[str, bool] = {}
-    problem, blank = None, True
-    for _, line in islice(_lines(Piece(path, 0, 1 << 62), Meter()), _LINES_TRIED):
-        if line.isspace():
-            continue
-        blank = False
+    problem = None
+    first = islice(_lines(Piece(path, 0, 1 << 62), Meter()), _LINES_TRIED)
+    lines = [line for _, line in first if not line.isspace()]
+    for line in lines:
         try:
             tree = _parse(line)
             if isinstance(tree, dict):
@@ -221,7 +220,7 @@ def _line_fields(path: str, field: TextField) -> tuple[bool, dict[str, bool]]:
             problem = problem or f"cannot be read as JSON: {error}"
     if problem and not fields:
         raise ConfigError(f"{path}: the first line: {problem}; repair or leave out the file")
-    return blank, fields
+    return not lines, fields
 
 
 def cut(path: str | Path, piece_bytes: int, field: TextField = TEXT, entry: int = 0) -> list[Piece]:
@@ -255,7 +254,8 @@ def read_documents(
             if not line.isspace():
                 yield _parse_line(line, field, number)
     elif piece.path.startswith(hf_datasets.SCHEME):
-        yield from _texts(hf_datasets.read(piece.path, piece.start, piece.stop, field), field, piece.start)
+        for number, row in enumerate(hf_datasets.read(piece.path, piece.start, piece.stop, field), piece.start):
+            yield _found(row, field, number)
     elif _is(piece.path, (".parquet",)):
         yield from _parquet_texts(piece, field, meter)
     else:
@@ -284,12 +284,9 @@ def _whole(data: bytes, encoding: str) -> Found:
 
 def _parse_line(line: bytes, field: TextField, number: int) -> Found:
     try:
-        text = field.text(_parse(line))
-        return text, text.encode("utf-8"), number
-    except NoText as error:
-        return Bad(str(error), number)
-    except UnicodeError:
-        return Bad("half of a surrogate pair, or bytes that are no UTF-8", number)
+        return _found(_parse(line), field, number)
+    except UnicodeDecodeError as error:
+        return Bad("bytes that are no UTF-8", number, f"byte {error.start} of it is {line[error.start]:#04x}")
     except (ValueError, RecursionError) as error:
         return Bad("no JSON", number, str(error))
 
@@ -305,15 +302,14 @@ def _parse(line: bytes) -> Any:
         return json.loads(line)
 
 
-def _texts(records: Iterable[Any], field: TextField, start: int) -> Iterator[Found]:
-    for number, record in enumerate(records, start):
-        try:
-            text = field.text(record)
-            yield text, text.encode("utf-8"), number
-        except NoText as error:
-            yield Bad(str(error), number)
-        except UnicodeEncodeError:
-            yield Bad("half of a surrogate pair", number)
+def _found(record: Any, field: TextField, number: int) -> Found:
+    try:
+        text = field.text(record)
+        return text, text.encode("utf-8"), number
+    except NoText as error:
+        return Bad(str(error), number)
+    except UnicodeEncodeError:
+        return Bad("half of a surrogate pair", number)
 
 
 def _lines(piece: Piece, meter: Meter) -> Iterator[tuple[int, bytes]]:
@@ -421,7 +417,7 @@ def _parquet_texts(piece: Piece, field: TextField, meter: Meter) -> Iterator[Fou
         options: dict[str, Any] = {"columns": list(field.names), "use_threads": False}
         try:
             for batch in file.iter_batches(_ROWS, row_groups=list(groups), **options):
-                yield from _texts(batch.to_pylist(), field, before + seen)
+                yield from (_found(row, field, n) for n, row in enumerate(batch.to_pylist(), before + seen))
                 seen += len(batch)
                 meter.done = piece.bytes * seen // total
         except ValueError as error:  # ArrowInvalid

@@ -182,11 +182,10 @@ class Remote:
         try:
             yield from _watched(self._opened(url), self.timeout_s)
         except ImportError as error:
+            said = without_secrets(url)
             if url.startswith(("s3://", "s3a://")):
-                raise ConfigError(
-                    f"{without_secrets(url)}: needs the package s3fs; pip install 'esolm-megatron[s3]'"
-                ) from error
-            raise LocalTrouble(f"{without_secrets(url)}: {error}; install the package that opens it") from error
+                raise ConfigError(f"{said}: needs the package s3fs; pip install 'esolm-megatron[s3]'") from error
+            raise LocalTrouble(f"{said}: {error}; install the package that opens it") from error
         except (OSError, GeneratorExit, DataError):
             raise
         except Exception as error:  # each of its backends has errors of its own

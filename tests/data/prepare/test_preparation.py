@@ -21,7 +21,7 @@ from esolm_megatron.data.prepare import PrepareConfig, load_prepare_config, prep
 from esolm_megatron.data.prepare.inputs import cut, find_inputs
 from esolm_megatron.data.prepare.tasks import SCAN_DTYPE, Rules, Task, tokenize
 from esolm_megatron.data.shards import ShardReader
-from esolm_megatron.data.tokenizer import load_tokenizer, train_tokenizer
+from esolm_megatron.data.tokenizer import TokenizerError, load_tokenizer, train_tokenizer
 from esolm_megatron.errors import DataError
 
 
@@ -400,17 +400,22 @@ def test_what_is_unreadable_is_counted_by_reason_with_its_first_place(tmp_path):
         '{"text": null}',
         '{"text": "\\ud800"}',
     ]
-    files = {"a.jsonl": "\n".join(lines), "b.txt": "café".encode("latin-1"), "c.txt": "été".encode("latin-1")}
+    files = {
+        "a.jsonl": "\n".join(lines).encode() + b'\n{"text": "caf\xe9"}',
+        "b.txt": "café".encode("latin-1"),
+        "c.txt": "été".encode("latin-1"),
+    }
     kept, summary = prepared_from(tmp_path, files)
     assert kept == ["alpha"]
-    assert summary.manifest.documents["unreadable"] == 8
+    assert summary.manifest.documents["unreadable"] == 9
     folder = tmp_path / "in"
     for line in (
         f"1 no JSON; the first: {folder}/a.jsonl, line 2, ",
         f"2 field 'text' is null; the first: {folder}/a.jsonl, line 3",
         f"1 field 'text' is no text, but a int; the first: {folder}/a.jsonl, line 4",
         f"1 no field 'text'; the first: {folder}/a.jsonl, line 5",
-        f"1 half of a surrogate pair, or bytes that are no UTF-8; the first: {folder}/a.jsonl, line 7",
+        f"1 half of a surrogate pair; the first: {folder}/a.jsonl, line 7",
+        f"1 bytes that are no UTF-8; the first: {folder}/a.jsonl, line 8, byte 13 of it is 0xe9",
         f"2 not utf-8, set encoding; the first: {folder}/b.txt, byte 3 is 0xe9",
     ):
         assert line in str(summary)
@@ -496,6 +501,25 @@ def test_a_document_that_no_engine_encodes_ends_the_run_or_is_left_out(tmp_path)
     assert (documents["read"], documents["kept"], documents["unreadable"]) == (6, 4, 2)
     assert summary.manifest.text_bytes == sum(map(len, kept))
     assert f"2 that no engine can encode; the first: {tmp_path}/in/a.jsonl, line 3, Exception: " in str(summary)
+
+
+def test_a_document_that_the_library_panics_at_is_named_too(tmp_path):
+    """Patterns of tokenizers have a bound; what is raised then is no Exception. Llama 3's meets it at ten million blanks."""
+    engine = tokenizers.Tokenizer(tokenizers.models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0))
+    engine.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("((a+)+)+$"), "isolated")
+    engine.add_special_tokens(["<|endoftext|>"])
+    (tmp_path / "tokenizer").mkdir()
+    engine.save(str(tmp_path / "tokenizer" / "tokenizer.json"))
+    bad = "a" * 40 + "!"
+    files = {"a.jsonl": "".join(json.dumps({"text": text}) + "\n" for text in ("a", bad, "aa"))}
+    options = {"tokenizer": str(tmp_path / "tokenizer")}
+    for processes in (1, 2):
+        with pytest.raises(DataError, match=r"a.jsonl, line 2: cannot be encoded: .*Regex search error"):
+            prepared_from(tmp_path, files, num_processes=processes, **options)
+    _, summary = prepared_from(tmp_path, {}, on_error="skip", **options)
+    assert (summary.manifest.documents["kept"], summary.manifest.documents["unreadable"]) == (2, 1)
+    with pytest.raises(TokenizerError, match="gave up: .*Regex search error"):
+        load_tokenizer(tmp_path / "tokenizer").encode(bad)
 
 
 def test_a_folder_that_cannot_be_made_is_named_with_its_setting(tmp_path):
