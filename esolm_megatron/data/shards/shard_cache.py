@@ -202,7 +202,7 @@ class CachedFolder(Folder):
         with _locked(self.cache.path(key, "lock"), self.source.stop):
             with suppress(FileNotFoundError):
                 if failed.stat().st_mtime >= since:
-                    kind, _, text = failed.read_text().partition("\n")
+                    kind, _, text = failed.read_text(encoding="utf-8").partition("\n")
                     raise _ERRORS.get(kind, DataError)(text)
             try:
                 yield
@@ -210,7 +210,7 @@ class CachedFolder(Folder):
                 raise
             except DataError as error:
                 with suppress(OSError):
-                    failed.write_text(f"{type(error).__name__}\n{error}")
+                    failed.write_text(f"{type(error).__name__}\n{error}", encoding="utf-8")
                 raise
             with suppress(OSError):
                 failed.unlink(missing_ok=True)
