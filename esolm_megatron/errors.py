@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -21,23 +22,43 @@ class DataError(UserError, RuntimeError):
     """Prepared data that cannot be used."""
 
 
+@contextmanager
+def of_setting(name: str, value: object) -> Iterator[None]:
+    """What goes wrong inside is said to come from the setting `name`; what the system refuses is a ConfigError then."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"{name} = {shown(value)}: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{name} = {shown(value)}: {error.strerror or error}") from error
+
+
 MOST_SHOWN = 200
 """Characters of a value that a message repeats."""
 
 
 def shown(value: object) -> str:
-    """`value` as a message repeats it."""
-    text = repr(value)
+    """`value` as a message repeats it: without passwords, and not all of a long one."""
+    text = without_secrets(repr(value))
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}... ({len(text):,} characters)"
 
 
-_USER = re.compile(r"(\w+://)[^/@\s]+@")
-_QUERY = re.compile(r"(\w+://[^?'\"\n]*)\?[^\s'\"]*")
+_USER = re.compile(r"(\w+://)(?:[^/\s'\"]*|[^/\s'\":@]+:(?!\d+/)[^\s'\"]*)@")
+_QUERY = re.compile(r"((?:^|(?<=['\"]))(?!hf://)\w+://[^?'\"\n]*)\?[^'\"\n]*|(\b(?!hf://)\w+://[^?\s'\"]*)\?[^\s'\"]*")
+_GIVEN = re.compile(
+    r"((?:\s-u|--(?:proxy-)?user)[\s=]*|(?:proxy-)?authorization:\s*|[\w-]*(?:secret|token|passw(?:or)?d|passwd|api-?_?key|"
+    r"access_?key)[\w-]*\s*[=:]\s*|--(?:token|password)\s+)(?:'[^']*'|\"[^\"]*\"|(?:(?:basic|bearer|token)\s+)?[^\s'\"]+)",
+    re.IGNORECASE,
+)
 
 
 def without_secrets(text: str) -> str:
-    """`text` whose addresses have neither user and password nor a query, which often is a signature."""
-    return _QUERY.sub(r"\1?...", _USER.sub(r"\1", text))
+    """`text`, an address or what quotes some, without their users, passwords and queries, which often are signatures.
+
+    Of commands also without what the usual options, headers and variables for keys are given.
+    """
+    text = _QUERY.sub(lambda found: f"{found[1] or found[2]}?...", _USER.sub(r"\1", text))
+    return _GIVEN.sub(r"\1...", text) if "pipe:" in text else text
 
 
 EXTRAS = {

@@ -28,7 +28,7 @@ def _data_prepare(args: argparse.Namespace) -> int:
     from esolm_megatron.data.prepare import load_prepare_config, prepare
 
     summary = prepare(load_prepare_config(args.path, args.overrides), progress=not args.json)
-    show(str(summary), lambda: {"folder": summary.folder, "seconds": summary.seconds}, args.json)
+    show(str(summary), summary.as_dict, args.json)
     return 0
 
 
@@ -70,7 +70,7 @@ def _data_show(args: argparse.Namespace) -> int:
 
 
 def _data_train_tokenizer(args: argparse.Namespace) -> int:
-    from esolm_megatron.data.prepare.inputs import Bad, cut, find_inputs, read_documents
+    from esolm_megatron.data.prepare.inputs import Bad, check_input, cut, find_inputs, read_documents
     from esolm_megatron.data.prepare.text_field import TextField
     from esolm_megatron.data.tokenizer import train_tokenizer
 
@@ -81,9 +81,12 @@ def _data_train_tokenizer(args: argparse.Namespace) -> int:
 
     chosen = options(TokenizerOptions, args.overrides)
     where = TextField.of(chosen.text_field)
+    files = find_inputs([args.path], "PATH").files
+    for file in files:
+        check_input(file, where)
     texts = (
         document[0]
-        for file in find_inputs([args.path]).files
+        for file in files
         for piece in cut(file, 1 << 26, where)
         for document in read_documents(piece, where)
         if not isinstance(document, Bad)

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from esolm_megatron.commands import Placed, options, show
 from esolm_megatron.config import ConfigError
-from esolm_megatron.errors import optional
+from esolm_megatron.errors import of_setting, optional
 from esolm_megatron.inference.request import SamplingParams
 from esolm_megatron.terminal import Terminal
 
@@ -236,14 +236,11 @@ def texts_to_score(chosen: ScoreOptions) -> list[str]:
         return [chosen.text]
     from esolm_megatron.data.prepare.inputs import Bad, cut, place, read_documents
 
-    texts = []
-    for piece in cut(str(chosen.file), 1 << 62):
-        for found in read_documents(piece):
-            if isinstance(found, Bad):
-                raise ConfigError(
-                    f"file: {', '.join(filter(None, [place(piece, found.number), found.why, found.detail]))}"
-                )
-            texts.append(found[0])
-    if not texts:
+    with of_setting("file", chosen.file):
+        found = [(piece, one) for piece in cut(str(chosen.file), 1 << 62) for one in read_documents(piece)]
+    for piece, one in found:
+        if isinstance(one, Bad):
+            raise ConfigError(f"file: {', '.join(filter(None, [place(piece, one.number), one.why, one.detail]))}")
+    if not found:
         raise ConfigError(f"file = {chosen.file!r}: has no text")
-    return texts
+    return [one[0] for _, one in found if not isinstance(one, Bad)]

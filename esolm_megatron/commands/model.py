@@ -12,6 +12,7 @@ from rich.progress import Progress
 
 from esolm_megatron.commands import Placed, options, show
 from esolm_megatron.config import ConfigError, Section
+from esolm_megatron.errors import of_setting
 from esolm_megatron.terminal import Terminal
 
 
@@ -145,7 +146,8 @@ def run_eval(args: argparse.Namespace) -> int:
 
     chosen = options(EvalOptions, args.overrides)
     model = chosen.load(args.path)
-    data = ValidationSet(chosen.data, seq_length=chosen.seq_length or model.config.seq_length)
+    with of_setting("data", chosen.data):
+        data = ValidationSet(chosen.data, seq_length=chosen.seq_length or model.config.seq_length)
     count = min(chosen.num_sequences, len(data))
     rows = data.rows(np.arange(count))
     result = evaluate.evaluate(

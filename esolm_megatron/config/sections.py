@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from esolm_megatron.config.section import Section
+from esolm_megatron.errors import without_secrets
 
 
 class GuardConfig(Section):
@@ -104,7 +105,7 @@ def data_problems(c: Any) -> Iterator[str]:
     if d.path is None and not d.sources:
         yield "data.path: missing; give it a value"
     if d.path is not None and d.sources:
-        yield f"data.path = {d.path}: data.sources is given too; give one of them"
+        yield f"data.path = {without_secrets(d.path)}: data.sources is given too; give one of them"
     if d.weight_changes and not d.sources:
         yield "data.weight_changes: needs data.sources"
     if d.sources and not any(source.weight for source in d.sources.values()):
@@ -122,10 +123,11 @@ def data_problems(c: Any) -> Iterator[str]:
             yield f"data.weight_changes: from step {change.step} on all weights are 0"
     paths = [d.path, *(source.path for source in d.sources.values())]
     for path in (path for path in paths if path and is_remote(path)):
+        said = without_secrets(path)
         if d.cache_dir is None:
-            yield f"data.cache_dir = null: {path} is not on this machine; give a folder on a local disk for its shards"
+            yield f"data.cache_dir = null: {said} is not on this machine; give a folder on a local disk for its shards"
         if path.startswith("pipe:") and "{name}" not in path:
-            yield f"{path}: the command must have {{name}} where the file's name belongs"
+            yield f"{said}: the command must have {{name}} where the file's name belongs"
 
 
 def is_remote(path: str) -> bool:

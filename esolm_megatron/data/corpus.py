@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from esolm_megatron.config import ConfigError
+from esolm_megatron.errors import of_setting
 
 _LIBRARY_SKIPS = frozenset(
     ("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings", "__pycache__")
@@ -42,7 +43,8 @@ def write_corpus(folder: str | Path, max_bytes: int | None = None) -> int:
     stride = 7  # neighbours in a package are alike: take every seventh, then the ones after them, and so on
     spread = [document for first in range(stride) for document in documents[first::stride]]
     path, total = Path(folder) / "python.jsonl", 0
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with of_setting("PATH", str(folder)):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
         for name, text in spread:
             size = len(text.encode())

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from esolm_megatron.config import ConfigError
-from esolm_megatron.errors import optional
+from esolm_megatron.errors import of_setting, optional
 
 
 def draw(path: str | Path, title: str, token_counts: np.ndarray, document_lengths: dict[str, np.ndarray]) -> None:
@@ -40,4 +40,5 @@ def draw(path: str | Path, title: str, token_counts: np.ndarray, document_length
         right.legend(fontsize=9)
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    with of_setting("plot", str(path)):
+        figure.savefig(path, dpi=110)

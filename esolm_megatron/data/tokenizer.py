@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from esolm_megatron.errors import optional
+from esolm_megatron.errors import of_setting, optional
 
 EOS = "<|endoftext|>"
 MASK_TEXT = "[MASK]"
@@ -66,14 +67,13 @@ class Encoder:
         return out
 
     def _slowly(self, texts: Sequence[str]) -> list[np.ndarray]:
-        if (
-            self._engine is None
-        ):  # dropped as long as nothing wants it: each full collection of garbage looks through it
+        if self._engine is None:  # as long as nothing wants it: each full collection of garbage looks through it
             from tokenizers import Tokenizer as Engine
 
             self._engine = Engine.from_str(self._definition.decode())
         self._engine.encode_special_tokens = True  # which is lost when the library's tokenizer is sent
-        encodings = self._engine.encode_batch_fast(list(texts), add_special_tokens=False)
+        with _panics_are_errors():
+            encodings = self._engine.encode_batch_fast(list(texts), add_special_tokens=False)
         out = [np.asarray(encoding.ids, np.uint32) for encoding in encodings]
         for n, text in enumerate(texts):
             if self._cuts is not None and self._cuts in text:
@@ -121,7 +121,10 @@ class Tokenizer:
             )
         self.eos_id: int = vocab[end_of_text]
         self.end_of_text = end_of_text
-        forged = self.eos_id in self._engine.encode(end_of_text, add_special_tokens=False).ids
+        try:
+            forged = self.eos_id in self._engine.encode(end_of_text, add_special_tokens=False).ids
+        except Exception:  # some have no token for what they do not know; such a text ends no document either
+            forged = False
         self.cuts: str | None = end_of_text if forged and len(end_of_text) > 1 else None
         """Text that is encoded in two pieces wherever it occurs, for as one it would be the end of a document."""
         if forged and self.eos_id in self.encode(end_of_text):
@@ -229,16 +232,27 @@ class Tokenizer:
         return path
 
 
+@contextmanager
+def _panics_are_errors() -> Iterator[None]:
+    """Where the library gives up, as its patterns do on ten million blanks, it raises what no `except Exception` takes."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise TokenizerError(f"the tokenizers library gave up: {error}") from None
+
+
 def _encoded(engine: Any, text: str) -> Any:
     try:
-        return engine.encode(text, add_special_tokens=False)
+        with _panics_are_errors():
+            return engine.encode(text, add_special_tokens=False)
     except TypeError:  # what the library says of half a character of UTF-16, which JSON may spell out
         at = next((n for n, letter in enumerate(text) if "\ud800" <= letter <= "\udfff"), None)
         if at is None:
             raise
-        raise TokenizerError(
-            f"text: character {at} is \\u{ord(text[at]):04x}, half of a pair, which is no character"
-        ) from None
+        said = f"\\u{ord(text[at]):04x}, half of a pair, which is no character"
+        raise TokenizerError(f"text: character {at} is {said}") from None
 
 
 def _unprefixed(part: Any) -> Any:
@@ -340,6 +354,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -
 
     if vocab_size < 257:
         raise TokenizerError(f"vocab_size = {vocab_size}: 256 bytes and {EOS} need at least 257")
+    with of_setting("output", str(folder)):
+        Path(folder).mkdir(parents=True, exist_ok=True)
     engine = Engine(models.BPE())
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     engine.decoder = decoders.ByteLevel()

@@ -187,3 +187,6 @@ def test_files_are_read_as_prepare_reads_them(tmp_path):
             texts('{"text": "a"}\n' + line)
     with pytest.raises(UserError, match="has no text"):
         texts("\n")
+    for there, why in ((tmp_path / "none.txt", "No such file"), (tmp_path, "Is a directory")):
+        with pytest.raises(UserError, match=f"file = '{there}': {why}"):
+            texts_to_score(ScoreOptions(file=str(there)))

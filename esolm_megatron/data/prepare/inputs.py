@@ -14,6 +14,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -26,7 +27,7 @@ from pydantic_core import from_json
 
 from esolm_megatron.data.prepare import hf_datasets
 from esolm_megatron.data.prepare.text_field import NoText, TextField
-from esolm_megatron.errors import ConfigError, optional
+from esolm_megatron.errors import ConfigError, optional, shown
 
 STDIN = "-"
 _PACKED = (".gz", ".zst")
@@ -79,7 +80,10 @@ class Inputs:
         """What is skipped, for a report; empty where nothing is."""
         if not self.skipped:
             return ""
-        kinds = Counter("".join(Path(name).suffixes[-2:]) or "no ending" for name in self.skipped)
+        kinds = Counter(
+            "".join(Path(name).suffixes[-2:]) or "no ending" if Path(name).exists() else "links to nothing"
+            for name in self.skipped
+        )
         named = ", ".join(f"{kind} {count:,}" for kind, count in kinds.most_common(5))
         return f"not read, of other kinds: {len(self.skipped):,} files ({named}), as {self.skipped[0]}"
 
@@ -90,32 +94,36 @@ class Meter:
     done: int = 0
 
 
-def find_inputs(inputs: Iterable[str]) -> Inputs:
-    """The files and datasets that `inputs` (files, folders, globs, hf://) stand for.
+def find_inputs(inputs: Iterable[str], setting: str = "") -> Inputs:
+    """The files and datasets that `inputs` (files, folders, globs, hf://) stand for; messages call an entry `setting`.
 
     Entries in order, each one's files by path. Folders are searched through, links to folders too, but for names that begin
     with a dot. A file named twice is given once. Standard input, `-`, stands for nothing here: `prepare` copies it into a file
     first.
 
     Raises:
-        ConfigError: an entry stands for no file of a known kind; one line for each such entry.
+        ConfigError: an entry stands for no file of a known kind, or cannot be searched; one line for each such entry.
     """
     out = Inputs()
     problems: list[str] = []
     for number, name in enumerate(inputs):
-        path = Path(name)
+        path, said = Path(name), f"{setting or f'inputs.{number}'} = {shown(name)}"
         if name == STDIN:
             continue
         if name.startswith(hf_datasets.SCHEME):
             out.files.setdefault(name, number)
         elif path.is_file() and not _is(name, SUFFIXES):
-            problems.append(f"inputs.{number} = {name!r}: must end in one of {', '.join(SUFFIXES)}")
+            problems.append(f"{said}: must end in one of {', '.join(SUFFIXES)}")
         else:
-            below = [path] if path.is_file() else _below(path)
-            files = [file for file in below if _is(file.name, SUFFIXES)]
-            out.skipped.extend(str(file) for file in below if not _is(file.name, SUFFIXES))
+            try:
+                below = [path] if path.is_file() else _below(path)
+            except (OSError, ValueError) as error:
+                problems.append(f"{said}: cannot be searched: {error}")
+                continue
+            files = [file for file in below if _is(file.name, SUFFIXES) and file.exists()]
+            out.skipped.extend(str(file) for file in sorted({*below} - {*files}))
             if not files:
-                problems.append(f"inputs.{number} = {name!r}: no file there that ends in one of {', '.join(SUFFIXES)}")
+                problems.append(f"{said}: no file there that ends in one of {', '.join(SUFFIXES)}")
             for file in files:
                 out.files.setdefault(str(file), number)
     if problems:
@@ -128,21 +136,44 @@ def _is(name: str, endings: tuple[str, ...]) -> bool:
 
 
 def _below(path: Path) -> list[Path]:
-    """All files of a folder or glob, sorted."""
+    """All files of a folder or glob, sorted, with links that lead nowhere."""
     if path.is_dir():
-        found: list[Path] = []
-        seen: set[tuple[int, int]] = set()
-        for folder, names, files in os.walk(path, followlinks=True):
-            names[:] = sorted(name for name in names if not name.startswith("."))
-            there = os.stat(folder)
-            if (there.st_dev, there.st_ino) in seen:  # a link to a folder around it, or to one that was read
-                names.clear()
-                continue
-            seen.add((there.st_dev, there.st_ino))
-            found += [Path(folder) / name for name in files if not name.startswith(".")]
+        found = {p for folder in _folders(path, hidden=False) for p in folder.iterdir() if not p.name.startswith(".")}
     else:
-        found = list(Path(path.anchor).glob(path.relative_to(path.anchor).as_posix()))
-    return sorted((p for p in found if p.is_file()), key=lambda p: p.as_posix())
+        found = set(_matching(Path(path.anchor), path.relative_to(path.anchor).as_posix()))
+    return sorted((p for p in found if p.is_file() or not p.exists()), key=lambda p: p.as_posix())
+
+
+def _matching(folder: Path, pattern: str) -> Iterator[Path]:
+    """As `folder.glob(pattern)`, but that `**` leads through links to folders, and not in circles."""
+    before, *after = re.split(r"(?:^|(?<=/))\*\*/", pattern, maxsplit=1)
+    if not after:
+        yield from folder.glob(pattern)
+        return
+    for top in folder.glob(before) if before else [folder]:
+        for below in _folders(top, hidden=True) if top.is_dir() else []:
+            yield from _matching(below, *after)
+
+
+def _folders(top: Path, hidden: bool) -> Iterator[Path]:
+    """`top` and all folders in it, each once: by its own name, or by a link if it is only there by links."""
+    seen, left = set[str](), [str(top)]
+    while left:
+        links: list[str] = []
+        for root in left:
+            for folder, names, _ in os.walk(root, onerror=_raise):
+                if (real := os.path.realpath(folder)) in seen:
+                    names.clear()
+                    continue
+                seen.add(real)
+                yield Path(folder)
+                names[:] = [name for name in names if hidden or not name.startswith(".")]
+                links += sorted(p for name in names if os.path.islink(p := os.path.join(folder, name)))
+        left = links
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def check_input(path: str, field: TextField) -> None:
@@ -173,28 +204,23 @@ def check_input(path: str, field: TextField) -> None:
 def _line_fields(path: str, field: TextField) -> tuple[bool, dict[str, bool]]:
     """Whether one of the first lines has a text, and the fields of the first record; an empty file is no problem."""
     fields: dict[str, bool] = {}
-    problem, blank = None, True
-    for _, line in islice(_lines(Piece(path, 0, 1 << 62), Meter()), _LINES_TRIED):
-        if line.isspace():
-            continue
-        blank = False
+    problem = None
+    first = islice(_lines(Piece(path, 0, 1 << 62), Meter()), _LINES_TRIED)
+    lines = [line for _, line in first if not line.isspace()]
+    for line in lines:
         try:
             tree = _parse(line)
-        except ValueError as error:
-            problem = problem or f"the first line cannot be read as JSON: {error}"
-            continue
-        if not isinstance(tree, dict):
-            problem = problem or f"the first line is no JSON object, but a {type(tree).__name__}"
-            continue
-        fields = {name: isinstance(value, str) for name, value in tree.items()} | fields
-        try:
+            if isinstance(tree, dict):
+                fields = {name: isinstance(value, str) for name, value in tree.items()} | fields
             field.text(tree)
-        except NoText:
-            continue
-        return True, fields
+            return True, fields
+        except NoText as error:
+            problem = problem or str(error)
+        except ValueError as error:
+            problem = problem or f"cannot be read as JSON: {error}"
     if problem and not fields:
-        raise ConfigError(f"{path}: {problem}; repair or leave out the file")
-    return blank, fields
+        raise ConfigError(f"{path}: the first line: {problem}; repair or leave out the file")
+    return not lines, fields
 
 
 def cut(path: str | Path, piece_bytes: int, field: TextField = TEXT, entry: int = 0) -> list[Piece]:
@@ -228,7 +254,8 @@ def read_documents(
             if not line.isspace():
                 yield _parse_line(line, field, number)
     elif piece.path.startswith(hf_datasets.SCHEME):
-        yield from _texts(hf_datasets.read(piece.path, piece.start, piece.stop, field), field, piece.start)
+        for number, row in enumerate(hf_datasets.read(piece.path, piece.start, piece.stop, field), piece.start):
+            yield _found(row, field, number)
     elif _is(piece.path, (".parquet",)):
         yield from _parquet_texts(piece, field, meter)
     else:
@@ -246,22 +273,20 @@ def place(piece: Piece, number: int) -> str:
 
 def _whole(data: bytes, encoding: str) -> Found:
     try:
-        text = data.removeprefix(_BOM).decode(encoding) if encoding == "utf-8" else data.decode(encoding)
-        return text, data.removeprefix(_BOM) if encoding == "utf-8" else text.encode(), 0
+        text = data.decode(encoding).removeprefix("\ufeff")
+        return text, text.encode(), 0
     except UnicodeDecodeError as error:
-        return Bad(f"not {encoding}, set encoding", 0, f"byte {error.start} is {data[error.start]:#04x}")
-    except UnicodeEncodeError as error:
-        return Bad(f"not {encoding}, set encoding", 0, error.reason)
+        detail = f"byte {error.start} is {data[error.start]:#04x}, {error.reason}"
+        return Bad(f"not {encoding}, set encoding", 0, detail)
+    except UnicodeError as error:
+        return Bad(f"not {encoding}, set encoding", 0, str(error))
 
 
 def _parse_line(line: bytes, field: TextField, number: int) -> Found:
     try:
-        text = field.text(_parse(line))
-        return text, text.encode("utf-8"), number
-    except NoText as error:
-        return Bad(str(error), number)
-    except UnicodeError:
-        return Bad("half of a surrogate pair, or bytes that are no UTF-8", number)
+        return _found(_parse(line), field, number)
+    except UnicodeDecodeError as error:
+        return Bad("bytes that are no UTF-8", number, f"byte {error.start} of it is {line[error.start]:#04x}")
     except (ValueError, RecursionError) as error:
         return Bad("no JSON", number, str(error))
 
@@ -277,20 +302,18 @@ def _parse(line: bytes) -> Any:
         return json.loads(line)
 
 
-def _texts(records: Iterable[Any], field: TextField, start: int) -> Iterator[Found]:
-    for number, record in enumerate(records, start):
-        try:
-            text = field.text(record)
-            yield text, text.encode("utf-8"), number
-        except NoText as error:
-            yield Bad(str(error), number)
-        except UnicodeEncodeError:
-            yield Bad("half of a surrogate pair", number)
+def _found(record: Any, field: TextField, number: int) -> Found:
+    try:
+        text = field.text(record)
+        return text, text.encode("utf-8"), number
+    except NoText as error:
+        return Bad(str(error), number)
+    except UnicodeEncodeError:
+        return Bad("half of a surrogate pair", number)
 
 
 def _lines(piece: Piece, meter: Meter) -> Iterator[tuple[int, bytes]]:
     """Lines with their numbers, from 1; in a piece from within a file, with the bytes that they begin at."""
-    first = True
     if _is(piece.path, _PACKED):
         for number, line in enumerate(_split(_chunks_of(piece.path, meter)), 1):
             yield number, line.removeprefix(_BOM) if number == 1 else line
@@ -299,15 +322,12 @@ def _lines(piece: Piece, meter: Meter) -> Iterator[tuple[int, bytes]]:
         if piece.start:
             file.seek(piece.start - 1)
             file.readline()
-        begin = file.tell()
-        number = 0
+        begin, number = file.tell(), 0
         while begin < piece.stop and (line := file.readline()):
-            number += 1
-            meter.done = begin + len(line) - piece.start
-            if first and not piece.start:
-                line = line.removeprefix(_BOM)
-            yield begin if piece.start else number, line
-            begin, first = piece.start + meter.done, False
+            number, end = number + 1, begin + len(line)
+            meter.done = end - piece.start
+            yield begin if piece.start else number, line if begin else line.removeprefix(_BOM)
+            begin = end
 
 
 def _chunks_of(path: str, meter: Meter) -> Iterator[bytes]:
@@ -370,7 +390,8 @@ def _parquet_fields(path: str, field: TextField) -> tuple[bool, dict[str, bool]]
         schema = file.schema_arrow
         texts = ("string", "large_string", "dictionary<values=string", "dictionary<values=large_string")
         fields = {name: str(kind).startswith(texts) for name, kind in zip(schema.names, schema.types, strict=True)}
-        leaves = {file.schema.column(n).path for n in range(len(file.schema.names))}
+        columns = map(file.schema.column, range(len(file.schema.names)))
+        leaves = {column.path for column in columns if str(column.logical_type) == "String"}
     nested = [name for name in field.names if name not in fields and name in leaves]
     return bool(nested) or any(fields.get(name) for name in field.names), fields
 
@@ -396,7 +417,7 @@ def _parquet_texts(piece: Piece, field: TextField, meter: Meter) -> Iterator[Fou
         options: dict[str, Any] = {"columns": list(field.names), "use_threads": False}
         try:
             for batch in file.iter_batches(_ROWS, row_groups=list(groups), **options):
-                yield from _texts(batch.to_pylist(), field, before + seen)
+                yield from (_found(row, field, n) for n, row in enumerate(batch.to_pylist(), before + seen))
                 seen += len(batch)
                 meter.done = piece.bytes * seen // total
         except ValueError as error:  # ArrowInvalid

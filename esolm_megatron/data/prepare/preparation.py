@@ -69,6 +69,11 @@ class Summary:
         lines += self.notes
         return "\n".join([*lines, f"{self.manifest.text_bytes:,} bytes of text in {len(self.manifest.shards)} shards"])
 
+    def as_dict(self) -> dict[str, Any]:
+        """The same for programs."""
+        documents, notes = self.manifest.documents, self.notes
+        return {"folder": self.folder, "seconds": self.seconds, "documents": documents, "notes": notes}
+
 
 def _left_out(counts: dict[str, int] | Counter[str]) -> str:
     return ", ".join(f"{counts[reason]:,} {reason.replace('_', ' ')}" for reason in REASONS)

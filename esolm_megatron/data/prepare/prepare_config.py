@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import codecs
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +12,7 @@ from esolm_megatron.config.section import Section, field_problems, nearest
 from esolm_megatron.data.prepare.inputs import check_input, find_inputs
 from esolm_megatron.data.prepare.text_field import TextField
 from esolm_megatron.data.tokenizer import Tokenizer, TokenizerError, load_tokenizer
-from esolm_megatron.errors import ConfigError
+from esolm_megatron.errors import ConfigError, shown
 
 
 class PrepareConfig(Section):
@@ -93,9 +93,10 @@ def checked(config: PrepareConfig) -> tuple[list[str], Tokenizer | None]:
         if most is not None and most < least:
             out.append(f"max_document_{unit} = {most}: must be min_document_{unit} = {least} or more")
     try:
-        codecs.lookup(c.encoding)
-    except LookupError:
-        out.append(f"encoding = {c.encoding!r}: Python knows none of that name; as utf-8, latin-1, cp1252, utf-16")
+        with suppress(UnicodeError):
+            b"text".decode(c.encoding)
+    except (LookupError, ValueError):
+        out.append(f"encoding = {shown(c.encoding)}: Python knows none of that name; as utf-8, latin-1, cp1252, utf-16")
     if not c.text_field or not all(TextField.of(c.text_field).names):
         out.append(f"text_field = {c.text_field!r}: name a field")
     try:

@@ -170,8 +170,7 @@ def tokenize(task: Task, advance: Advance, rules: Rules, folder: Path, encoder: 
         writer = ShardWriter(folder / "shards", stem, rules.shard_tokens)
         packers[split] = Packer(writer, stem, rules.block_tokens, token_dtype(encoder), encoder.eos_id)
     train, validation = packers["train"], packers["validation"]
-    counts: Counts = {}
-    notes = Notes()
+    counts, notes = Counts(), Notes()
     meter, before, limit = Meter(), 0, round(rules.validation_fraction * 1_000_000)
     for number, chunk in enumerate(_chunks(_kept(task, rules, folder, counts, notes, meter), rules.task_bytes)):
         order = permutation(len(chunk), rules.seed, "documents", task.number, number).tolist()

@@ -26,6 +26,8 @@ from esolm_megatron.errors import ConfigError, DataError, without_secrets
 Result = TypeVar("Result")
 CHUNK = 1 << 20
 _FSSPEC_CHUNK = 1 << 23
+_IN_PATHS, _IN_QUERIES = "/%:@!$&'()*+,;=~", "/%:@!$&'()*+,;=~?"
+"""What needs no quotation in an address; its own are kept."""
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 60.0
 _MAY_PASS = (408, 425, 429)
 """Refusals of HTTP that are worth another try; other 4xx are not."""
@@ -48,16 +50,22 @@ class Remote:
     def __init__(self, root: str, retries: int, timeout_s: float, slowest: float = 1e6):
         self.root, self.retries, self.timeout_s, self.slowest = root.rstrip("/"), retries, timeout_s, slowest
         self.stop = threading.Event()
-        self._headers: dict[str, str] = {}
+        self._authorization = ""
         self._query = ""
         if root.startswith("http"):
-            parts = urllib.parse.urlsplit(root)
-            self._query = f"?{parts.query}" if parts.query else ""
+            try:
+                parts = urllib.parse.urlsplit(root, allow_fragments=False)
+                _ = parts.port
+            except ValueError:  # whose text may hold part of a password
+                raise ConfigError(
+                    "no address: look at host and port; write / and @ of a password as %2F and %40"
+                ) from None
+            self._query = f"?{urllib.parse.quote(parts.query, safe=_IN_QUERIES)}" if parts.query else ""
             user, at, host = parts.netloc.rpartition("@")
             if at:
                 given = urllib.parse.unquote(user).encode()
-                self._headers["Authorization"] = f"Basic {base64.b64encode(given).decode()}"
-            path = urllib.parse.quote(parts.path.rstrip("/"), safe="/%:@!$&'()*+,;=~")
+                self._authorization = f"Basic {base64.b64encode(given).decode()}"
+            path = urllib.parse.quote(parts.path.rstrip("/"), safe=_IN_PATHS)
             self.root = f"{parts.scheme}://{host}{path}"
 
     def patience_s(self, size: int) -> float:
@@ -68,10 +76,11 @@ class Remote:
     def where(self, name: str) -> str:
         """What messages call a file."""
         if self.root.startswith("pipe:"):
-            return without_secrets(self._address(name))
+            return without_secrets(self.address(name))
         return f"{without_secrets(self.root)}/{name}{self._query and '?...'}"
 
-    def _address(self, name: str) -> str:
+    def address(self, name: str) -> str:
+        """What a file is fetched by: it may hold what nobody may see, and tells apart what `where` calls alike."""
         if self.root.startswith("pipe:"):
             return self.root.replace("{name}", shlex.quote(name))
         return f"{self.root}/{name}{self._query}"
@@ -108,7 +117,7 @@ class Remote:
         url, offset, began = self.where(name), 0, time.monotonic()
         how = self._piped if url.startswith("pipe:") else self._http if url.startswith("http") else self._fsspec
         try:
-            for chunk in how(self._address(name)):
+            for chunk in how(self.address(name)):
                 if self.stop.is_set():
                     raise Cancelled(f"{url}: not fetched, for the run ends")
                 offset += len(chunk)
@@ -133,9 +142,10 @@ class Remote:
             raise DataError(f"{url}: at offset {offset}: {said}") from None
 
     def _http(self, url: str) -> Iterator[bytes]:
-        with urllib.request.urlopen(
-            urllib.request.Request(url, headers=self._headers), timeout=self.timeout_s
-        ) as answer:
+        request = urllib.request.Request(url)
+        if self._authorization:  # and not to where the server sends us on, which may be another's
+            request.add_unredirected_header("Authorization", self._authorization)
+        with urllib.request.urlopen(request, timeout=self.timeout_s) as answer:
             left = answer.length  # None where the server does not say
             while chunk := answer.read1(CHUNK):
                 left = None if left is None else left - len(chunk)
@@ -172,11 +182,10 @@ class Remote:
         try:
             yield from _watched(self._opened(url), self.timeout_s)
         except ImportError as error:
+            said = without_secrets(url)
             if url.startswith(("s3://", "s3a://")):
-                raise ConfigError(
-                    f"{without_secrets(url)}: needs the package s3fs; pip install 'esolm-megatron[s3]'"
-                ) from error
-            raise LocalTrouble(f"{without_secrets(url)}: {error}; install the package that opens it") from error
+                raise ConfigError(f"{said}: needs the package s3fs; pip install 'esolm-megatron[s3]'") from error
+            raise LocalTrouble(f"{said}: {error}; install the package that opens it") from error
         except (OSError, GeneratorExit, DataError):
             raise
         except Exception as error:  # each of its backends has errors of its own

@@ -26,7 +26,7 @@ from pathlib import Path
 from esolm_megatron.config import DataConfig, is_remote
 from esolm_megatron.data.shards.format import Folder, LocalTrouble, ShardCorrupt, ShardDamage, ShardEntry, ShardMissing
 from esolm_megatron.data.shards.remote import Cancelled, Remote
-from esolm_megatron.errors import DataError
+from esolm_megatron.errors import DataError, shown
 
 _POLL_S = 0.02
 _KEPT_FOR_S = 6 * 3600.0
@@ -43,7 +43,7 @@ def open_folder(path: str | Path, config: DataConfig) -> Folder:
     if not is_remote(str(path)):
         return Folder(str(path).removeprefix("file://"))
     if config.cache_dir is None:
-        raise DataError(f"data.cache_dir = null: {path} is not on this machine; give a folder on a local disk")
+        raise DataError(f"data.cache_dir = null: {shown(path)} is not on this machine; give a folder on a local disk")
     cache = Cache(config.cache_dir, int(config.cache_gb * 1e9), config.timeout_s)
     return CachedFolder(Remote(str(path), config.retries, config.timeout_s, config.min_mb_per_s * 1e6), cache)
 
@@ -182,7 +182,7 @@ class CachedFolder(Folder):
 
     def read(self, name: str, fix: str) -> bytes:
         """The bytes of a small file; processes of the node that start together fetch it once."""
-        key = hashlib.sha256(self.where(name).encode()).hexdigest()
+        key = hashlib.sha256(self.source.address(name).encode()).hexdigest()
         path = self.cache.path(key, "small")
         with self._alone(key):
             with suppress(FileNotFoundError):
@@ -202,7 +202,7 @@ class CachedFolder(Folder):
         with _locked(self.cache.path(key, "lock"), self.source.stop):
             with suppress(FileNotFoundError):
                 if failed.stat().st_mtime >= since:
-                    kind, _, text = failed.read_text().partition("\n")
+                    kind, _, text = failed.read_text(encoding="utf-8").partition("\n")
                     raise _ERRORS.get(kind, DataError)(text)
             try:
                 yield
@@ -210,7 +210,7 @@ class CachedFolder(Folder):
                 raise
             except DataError as error:
                 with suppress(OSError):
-                    failed.write_text(f"{type(error).__name__}\n{error}")
+                    failed.write_text(f"{type(error).__name__}\n{error}", encoding="utf-8")
                 raise
             with suppress(OSError):
                 failed.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from rich.table import Table
 from esolm_megatron.config import Config
 from esolm_megatron.data.stream.mixture import Phase
 from esolm_megatron.data.stream.token_stream import TokenStream
-from esolm_megatron.errors import optional
+from esolm_megatron.errors import of_setting, optional, without_secrets
 
 _POINTS = 400
 
@@ -73,7 +73,8 @@ class Mix:
         epochs.set(xlabel="step", ylabel="epochs read", xlim=(0, self.num_steps))
         epochs.grid(alpha=0.3)
         epochs.legend()
-        figure.savefig(file, dpi=110)
+        with of_setting("plot", str(file)):
+            figure.savefig(file, dpi=110)
 
 
 def mix(config: Config) -> Mix:
@@ -90,7 +91,7 @@ def mix(config: Config) -> Mix:
     sources = tuple(
         SourceMix(
             name,
-            source.path,
+            without_secrets(source.path),
             source.reader.manifest.splits[stream.split].tokens,
             tuple(float(phase.weights[index]) for phase in phases),
             int(end[name]["samples"]),

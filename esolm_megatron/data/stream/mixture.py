@@ -39,6 +39,11 @@ def sources_of(config: DataConfig) -> dict[str, SourceConfig]:
     return dict(sorted(config.sources.items())) or {ONLY_SOURCE: SourceConfig(path=config.path or "", weight=1.0)}
 
 
+def setting_of(config: DataConfig, source: str) -> str:
+    """The setting that holds the path of a source."""
+    return f"data.sources.{source}.path" if config.sources else "data.path"
+
+
 def phases_of(config: DataConfig) -> tuple[Phase, ...]:
     """The weights of each stretch of the run; those that a change does not name stay as they were."""
     weights = {name: _exact(source.weight) for name, source in sources_of(config).items()}

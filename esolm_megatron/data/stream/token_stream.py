@@ -8,6 +8,7 @@ All of it is arithmetic: the batch of a step is a function of (manifests, mixtur
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from esolm_megatron.data.shards.format import ShardDamage
 from esolm_megatron.data.shards.identity import summary
 from esolm_megatron.data.shards.shard_cache import CachedFolder, open_folder
 from esolm_megatron.data.stream.batch import Batch, Damage
-from esolm_megatron.data.stream.mixture import Mixture, pattern, phases_of, sources_of
+from esolm_megatron.data.stream.mixture import Mixture, pattern, phases_of, setting_of, sources_of
 from esolm_megatron.data.stream.prefetch import Prefetch
 from esolm_megatron.data.stream.shuffle import Order, permutation
-from esolm_megatron.errors import ConfigError, DataError, shown, without_secrets
+from esolm_megatron.errors import DataError, of_setting, shown
 
 
 def data_config(data: DataConfig | str | Path, **fields: Any) -> DataConfig:
@@ -197,11 +198,8 @@ class TokenStream:
         self.sources = {}
         for name, source in named.items():
             key = (seed, name) if len(named) > 1 else (seed,)
-            try:
+            with of_setting(setting_of(config, name), source.path):
                 self.sources[name] = Source(source.path, config, split, seq_length, key, global_batch_size)
-            except (DataError, ConfigError) as error:
-                setting = f"data.sources.{name}.path" if config.sources else "data.path"
-                raise type(error)(f"{setting} = {shown(without_secrets(source.path))}: {error}") from error
         check_alike(self.sources)
         first = next(iter(self.sources.values()))
         self.vocab_size = first.reader.manifest.vocab_size + 1
@@ -349,7 +347,10 @@ class ValidationSet:
         config = data_config(data)
         named, weights = sources_of(config), phases_of(config)[0].weights
         used = [(name, source) for (name, source), weight in zip(named.items(), weights, strict=True) if weight]
-        self._sources = [_Rows(source.path, config, split, seq_length) for _, source in used]
+        self._sources: list[_Rows] = []
+        for name, place in used:
+            with of_setting(setting_of(config, name), place.path) if data is config else nullcontext():
+                self._sources.append(_Rows(place.path, config, split, seq_length))
         for source in self._sources:
             if source.place.remote:  # an open shard cannot leave the cache, and rows come in the order of the shards
                 source.reader.max_open = 1
@@ -358,7 +359,7 @@ class ValidationSet:
         for source, first in zip(self._sources, self._first_row, strict=True):
             if not first[-1]:
                 raise DataError(
-                    f"{source.path}: split {split!r} is empty; prepare with a larger validation_fraction or more text"
+                    f"{shown(source.path)}: split {split!r} is empty; prepare with a larger validation_fraction or more text"
                 )
         check_alike(dict(zip((name for name, _ in used), self._sources, strict=True)))
         self.manifest, self.seq_length = self._sources[0].reader.manifest, seq_length

@@ -19,14 +19,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from shard_server import serving
 from small_corpora import small_config
 
-from esolm_megatron.config import DataConfig
+from esolm_megatron.config import ConfigError, DataConfig, load
 from esolm_megatron.data.prepare import prepare
 from esolm_megatron.data.shards import ShardCorrupt, ShardMissing, ShardReader, remote
 from esolm_megatron.data.shards.format import LocalTrouble
-from esolm_megatron.data.stream import TokenStream
+from esolm_megatron.data.shards.shard_cache import open_folder
+from esolm_megatron.data.stream import TokenStream, ValidationSet
 from esolm_megatron.errors import DataError
 
 
@@ -305,8 +307,9 @@ import sys
 import threading
 from esolm_megatron.data.shards import remote
 from esolm_megatron.data.prepare import prepare
-from esolm_megatron.data.stream import TokenStream
-from esolm_megatron.config import DataConfig
+from esolm_megatron.data.shards.shard_cache import open_folder
+from esolm_megatron.data.stream import TokenStream, ValidationSet
+from esolm_megatron.config import ConfigError, DataConfig, load
 remote._FIRST_WAIT_S = 0.01
 config = DataConfig(path=sys.argv[1], cache_dir=sys.argv[2], num_lanes=3, shuffle_window=5, timeout_s=20)
 data = TokenStream(config, seq_length=37, global_batch_size=12, seed=5, data_rank=int(sys.argv[3]), data_size=4)
@@ -488,3 +491,78 @@ def test_addresses_with_queries_blanks_and_passwords(prepared, tmp_path):
 def test_a_broken_path_is_named_with_its_setting(tmp_path):
     with pytest.raises(DataError, match=r"data.path = '.*/nowhere': .*manifest.json: No such file"):
         stream(str(tmp_path / "nowhere"), tmp_path / "cache")
+    with pytest.raises(DataError, match=r"^data.path = '.*/nowhere': .*manifest.json: No such file"):
+        ValidationSet(config(tmp_path / "nowhere", tmp_path / "cache"), seq_length=37)
+    sources = {"web": {"path": str(tmp_path / "nowhere")}}
+    with pytest.raises(DataError, match=r"^data.sources.web.path = '.*/nowhere': .*manifest.json: No such file"):
+        ValidationSet(DataConfig(sources=sources), seq_length=37)
+
+
+def test_addresses_that_differ_in_the_query_alone_are_two_places(prepared, many, tmp_path):
+    """What messages leave out still tells the manifests in the cache apart."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def translate_path(self, path):
+            self.directory = str(many if path.endswith("?version=2") else prepared)
+            return super().translate_path(path)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        places = [config(f"http://127.0.0.1:{server.server_port}?version={n}", tmp_path / "cache") for n in (1, 2)]
+        found = [ShardReader(open_folder(str(place.path), place)).fingerprint for place in places]
+        server.shutdown()
+    assert found == [ShardReader(folder).fingerprint for folder in (prepared, many)]
+
+
+def test_a_password_does_not_follow_a_redirection(tmp_path):
+    """The server that is sent on to may be another's."""
+    seen = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            seen.append(self.headers.get("Authorization"))
+            self.send_response(302 if "/first/" in self.path else 200)
+            self.send_header("Location", f"http://localhost:{self.server.server_port}/second")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        root = f"http://me:password@127.0.0.1:{server.server_port}/first"
+        assert remote.Remote(root, 0, 20).fetch("manifest.json", b"".join) == b""
+        server.shutdown()
+    assert seen == ["Basic " + base64.b64encode(b"me:password").decode(), None]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "http://me:SECRET@127.0.0.1:9/t?sig=SECRET",
+        "http://127.0.0.1:9/t?sig=a SECRET",
+        "http://me:SEC@RET@127.0.0.1:9/t",
+        "http://me:SEC/RET@127.0.0.1:9/t",
+        "pipe:curl -sf -u me:SECRET http://127.0.0.1:9/{name}",
+        "pipe:curl -sf -H 'Authorization: Bearer SECRET' 'http://127.0.0.1:9/{name}?sig=SECRET'",
+        "pipe:API_TOKEN=SECRET false {name}",
+    ],
+)
+def test_no_message_has_a_password(path, tmp_path):
+    """Refused for want of a cache, beside other sources, or when it is fetched."""
+    run = yaml.safe_load((Path(__file__).parents[3] / "configs" / "quickstart.yaml").read_text())
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**run, "data": {"path": path}}))
+    sources = "data.sources={a: {path: x}}"
+    for words in ([], [sources], [f"data.cache_dir={tmp_path}", sources]):
+        with pytest.raises(ConfigError) as refused:
+            load(tmp_path / "run.yaml", words)
+        assert not re.search("SEC|RET", str(refused.value)), refused.value
+    for make in (TokenStream, ValidationSet):
+        options = {"seq_length": 37, **({"global_batch_size": 12} if make is TokenStream else {})}
+        with pytest.raises((ConfigError, DataError), match="^data.path = ") as failed:
+            make(config(path, tmp_path / "cache", retries=0), **options)
+        assert not re.search("SEC|RET", str(failed.value)), failed.value
