@@ -400,7 +400,19 @@ COLUMNS: dict[str, list[str]] = {
         "peak_mib",
         "refused",
     ],
-    "sample": ["batch", "length", "steps", "method", "first_s", "wall_s", "ms_per_pass", "tokens_per_s", "times_ours"],
+    "sample": [
+        "batch",
+        "length",
+        "steps",
+        "method",
+        "first_s",
+        "wall_s",
+        "shapes",
+        "recording_s",
+        "ms_per_pass",
+        "tokens_per_s",
+        "times_ours",
+    ],
 }
 
 

@@ -163,7 +163,8 @@ class Sampler:
         self.born[rows] += 1
         for row, plan in zip(rows, plans, strict=True):
             self.plans[row] = plan
-            self.decoder.add(row, plan.ks, len(plan.given))
+            count = len(plan.given)
+            self.decoder.add(row, plan.ks, count, (plan.given.tobytes(), plan.order[:count].tobytes()))
         return rows
 
     def release(self, row: int) -> None:

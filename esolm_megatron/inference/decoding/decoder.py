@@ -7,6 +7,7 @@ join and leave between passes.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import cached_property
 
 import numpy as np
@@ -20,6 +21,11 @@ from esolm_megatron.model.cache import KVCache
 from esolm_megatron.model.products import FastProducts
 from esolm_megatron.model.transformer import EsoLM
 
+SHORT = 32
+"""Tokens of a prompt up to which it is fed with its row's first masks, at fixed shapes."""
+CHUNK = 512
+"""Tokens of a longer prompt that are fed at once."""
+FED_AT_ONCE = 2**15
 Filled = tuple[NDArray[np.int64], NDArray[np.int64]]
 """Rows (M,) and places (M,) that a pass has filled."""
 
@@ -43,6 +49,7 @@ class Decoder:
         self.record = record and fed.is_cuda
         self.products = FastProducts(model)
         self.rows, self.passes, self.fresh = np.empty(0, np.int64), 0, list[int]()
+        self.prompts: dict[int, Hashable] = {}
         self.known, self.cached, self.pass_of = (np.zeros(num_rows, np.int64) for _ in range(3))
         self.plan = np.zeros((num_rows, length + 1), np.int64)  # ended by a zero
 
@@ -62,11 +69,13 @@ class Decoder:
         """Shapes of passes that were recorded, and the seconds that it took."""
         return (len(self.recorded.graphs), self.recorded.seconds) if self.record and self.passes else (0, 0.0)
 
-    def add(self, row: int, ks: ArrayLike, num_given: int) -> bool:
+    def add(self, row: int, ks: ArrayLike, num_given: int, prompt: Hashable = None) -> bool:
         """Start a row whose first `num_given` places are known; False if nothing is left to fill.
 
-        ks: places of each pass, together at most those that are left; empty passes are left out.
+        ks: places of each pass, together at most those that are left; empty passes are left out. prompt: equal for rows
+        whose given places hold equal tokens at equal positions.
         """
+        self.prompts[row] = prompt
         steps = np.asarray(ks, np.int64)
         steps = steps[steps > 0]
         self.plan[row, : len(steps)], self.plan[row, len(steps)] = steps, 0
@@ -120,11 +129,31 @@ class Decoder:
             return
         rows = np.array(self.fresh)
         self.fresh = []
+        self._prefill(rows[self.known[rows] > SHORT])
         steps = self.plan[rows, : int((self.plan[rows] > 0).sum(1).max())]
         known = self.known[rows][:, None]
         bounds = np.concatenate([self.cached[rows][:, None], known, known + np.cumsum(steps, 1)], 1)
         self.recorded.plan(rows, bounds)
         self.recorded.at_work(self.rows)
+
+    def _prefill(self, rows: NDArray[np.int64]) -> None:
+        """Feed the prompts of rows by themselves, in chunks, each prompt once: other rows get a copy of its keys."""
+        first: dict[Hashable, int] = {}
+        for row in rows.tolist():
+            prompt = self.prompts[row]
+            first.setdefault(row if prompt is None else prompt, row)
+        for some in np.array_split(
+            np.array(list(first.values()), np.int64), -(-len(first) * CHUNK // FED_AT_ONCE) or 1
+        ):
+            own = sent(some, self.fed.device)
+            for at in range(0, int(self.known[some].max(initial=0)), CHUNK):
+                begin, end = (np.minimum(x, self.known[some])[:, None] for x in (at, at + CHUNK))
+                size = Size.around(1, (end - begin).max(), 1, 1)
+                ends = sent(end, self.fed.device)
+                self.recorded.feed(Size(len(some), size.width, 1), own, sent(begin, self.fed.device), ends, ends, None)
+        for row in set(rows.tolist()) - set(first.values()):
+            self.cache.move(first[self.prompts[row]], row, int(self.known[row]))
+        self.cached[rows] = self.known[rows]
 
     def _packed(
         self,

@@ -12,11 +12,13 @@ from test_sampler import close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from esolm_megatron.inference import SampleRequest
-from esolm_megatron.inference.decoding.cuda_graphs import Size
+from esolm_megatron.inference.decoding import decoder as decoder_module
+from esolm_megatron.inference.decoding.cuda_graphs import RecordedPasses, Size
 from esolm_megatron.inference.decoding.decoder import Decoder
 from esolm_megatron.inference.decoding.draw import fused_draw
 from esolm_megatron.inference.decoding.scheduler import plan_rows
 from esolm_megatron.inference.sampler import Sampler
+from esolm_megatron.model.cache import KVCache
 
 
 def logits_of(model, plans, length, fixed_shapes, later=()):
@@ -27,7 +29,7 @@ def logits_of(model, plans, length, fixed_shapes, later=()):
 
     def enter(row, plan):
         fed[row, : len(plan.given)] = torch.from_numpy(plan.given)
-        decoder.add(row, plan.ks, len(plan.given))
+        decoder.add(row, plan.ks, len(plan.given), (plan.given.tobytes(), plan.order[: len(plan.given)].tobytes()))
 
     def choose(logits, rows, places):
         for row, place, logit in zip(rows.tolist(), places.tolist(), logits, strict=True):
@@ -68,6 +70,41 @@ def test_fixed_shapes_change_no_logit(shape, options):
     for at, logit in ragged.items():
         close(fixed[at][:-1], logit[:-1])
     assert sum(decoder.recorded.counts.values()) > 2
+
+
+def test_long_prompts_are_fed_apart_in_chunks_and_once(monkeypatch):
+    """Rows 0, 1 and 4 share a prompt, one of them comes later; row 3 has a short one."""
+    monkeypatch.setattr(decoder_module, "SHORT", 3)
+    monkeypatch.setattr(decoder_module, "CHUNK", 4)
+    monkeypatch.setattr(decoder_module, "FED_AT_ONCE", 8)
+    model, fed, moved = random_model(), [], []
+    long, other, short = [1, 5, 2, 9, 9, 3, 7], [1, 5, 2, 9, 9], [4, 2]
+    prompts = [long, long, other, short, long]
+    plans = [
+        plan_rows(SampleRequest(1, 16, alpha_0=0.6, steps=3, first_row=i, prompt=torch.tensor(x)), model.shape.mask_id)[
+            0
+        ]
+        for i, x in enumerate(prompts)
+    ]
+    ragged, _ = logits_of(model, plans[:4], 16, False, later=plans[4:])
+    with monkeypatch.context() as patch:
+        patch.setattr(KVCache, "move", lambda self, *args, move=KVCache.move: (moved.append(args), move(self, *args)))
+        patch.setattr(
+            RecordedPasses,
+            "feed",
+            lambda self, size, row, *args, feed=RecordedPasses.feed: (
+                fed.append((size, row.tolist(), args[-1] is None)),
+                feed(self, size, row, *args),
+            ),
+        )
+        fixed, _ = logits_of(model, plans[:4], 16, True, later=plans[4:])
+    assert ragged.keys() == fixed.keys()
+    for at, logit in ragged.items():
+        close(fixed[at][:-1], logit[:-1])
+    apart = [(size.width, rows) for size, rows, prefill in fed if prefill]
+    assert apart == [(4, [0, 2]), (4, [0, 2]), (4, [4]), (4, [4])]
+    assert moved == [(0, 1, 7)]
+    assert max(size.width for size, _, prefill in fed if not prefill) <= 16
 
 
 def test_many_passes_have_few_sizes():
