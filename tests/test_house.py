@@ -23,7 +23,7 @@ CODE_LINES = {
         6400,
         "model objective parallel train checkpoint config errors terminal topology lazy version",
     ),
-    "data": (3200, "data"),
+    "data": (3250, "data"),
     "inference": (2100, "inference huggingface evaluate sample score"),
     "what starts and watches runs": (2700, "launch plan doctor commands cli __init__ __main__"),
 }

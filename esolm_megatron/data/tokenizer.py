@@ -215,6 +215,10 @@ class Tokenizer:
     def _before(self) -> list[int]:
         return self.encode("a")
 
+    def lost(self) -> str:
+        """Of some letters of the world those that do not come back: a vocabulary without bytes may drop them, or say unknown."""
+        return "".join(letter for letter in "é東яع🚀" if letter not in self.decode(self.encode(letter)))
+
     def bare_definition(self) -> dict[str, Any]:
         """The tree of a tokenizer.json by which any library encodes as `encode` does, adding no tokens around a text."""
         added = self._engine.encode("a").ids != self._engine.encode("a", add_special_tokens=False).ids

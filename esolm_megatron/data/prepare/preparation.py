@@ -99,6 +99,8 @@ def prepare(config: PrepareConfig, progress: bool = True, stdin: BinaryIO | None
         streamed = [name for name in find_inputs(config.inputs).files if name.startswith(hf_datasets.SCHEME)]
         pinned = old.get("pinned") or {name: hf_datasets.pinned(name) for name in streamed}
         work = _tasks(config, pinned, folder)
+        if lost := tokenizer.lost():
+            notes.append(f"the tokenizer does not keep {' '.join(lost)} and the like: texts lose them")
         identity = {**_identity(config, tokenizer.fingerprint, work), "stdin": spooled, "pinned": pinned}
         _check_identity(folder, old, identity)
         resumed = len(work)
@@ -109,7 +111,7 @@ def prepare(config: PrepareConfig, progress: bool = True, stdin: BinaryIO | None
             encoder = tokenizer.encoder
             del tokenizer  # of tens of thousands of lists, which every collection of garbage would look through
             resumed = _run_tasks(config, folder, encoder, work, progress)
-            notes = _finish(config, folder, encoder, work)
+            notes += _finish(config, folder, encoder, work)
         for name in ("work", "stdin"):
             shutil.rmtree(folder / name, ignore_errors=True)
     manifest = ShardReader(folder).manifest

@@ -528,3 +528,18 @@ def test_a_folder_that_cannot_be_made_is_named_with_its_setting(tmp_path):
         ConfigError, match="output = '.*a.txt/out': cannot be made: Not a directory; choose another folder"
     ):
         prepare(small_config(tmp_path / "a.txt", tmp_path / "a.txt" / "out"), progress=False)
+
+
+def test_a_tokenizer_that_drops_letters_is_said(tmp_path):
+    from tokenizers import Tokenizer as Engine
+    from tokenizers import models, trainers
+
+    engine = Engine(models.BPE())
+    engine.train_from_iterator(
+        ["a text of é"], trainers.BpeTrainer(vocab_size=40, special_tokens=["<|endoftext|>"], show_progress=False)
+    )
+    engine.save(str(tmp_path / "tokenizer.json"))
+    _, summary = prepared_from(tmp_path, {"a.txt": "a text of é and 東"}, tokenizer=str(tmp_path / "tokenizer.json"))
+    assert "the tokenizer does not keep 東 я ع 🚀 and the like: texts lose them" in str(summary)
+    _, summary = prepared_from(tmp_path, {})
+    assert "does not keep" not in str(summary)
