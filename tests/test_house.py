@@ -25,7 +25,7 @@ CODE_LINES = {
     ),
     "data": (2900, "data"),
     "inference": (1860, "inference huggingface evaluate sample score"),
-    "what starts and watches runs": (2600, "launch plan doctor commands cli __init__ __main__"),
+    "what starts and watches runs": (2610, "launch plan doctor commands cli __init__ __main__"),
 }
 """Most lines of code in each part, and the part's files and folders."""
 
