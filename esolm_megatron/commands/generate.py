@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import signal
+import sys
+import time
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from rich.progress import MofNCompleteColumn, Progress
@@ -43,8 +45,8 @@ class SampleOptions(SamplingParams, Texts):
     """Draw a schedule for each text; false means that all share one."""
     stop: bool = False
     """End a text at its first end-of-text token, and leave out the work after it."""
-    propose: int = Field(1, ge=1)
-    """Tokens proposed at once and verified, with schedule=first_hitting; what is drawn keeps its distribution."""
+    propose: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
+    """Tokens proposed at once and verified, with schedule=first_hitting, which keeps the distribution; auto: as many as pay."""
     passes: int = Field(1, ge=1, le=2)
     """Verify proposals in the pass that makes the next ones (1), or in one of its own (2)."""
     seconds_per_pass: float = Field(0.0, ge=0)
@@ -136,6 +138,7 @@ def run_sample(args: argparse.Namespace) -> int:
         fields = chosen.sampling()
         if chosen.positions is not None:
             fields["order"] = torch.tensor(chosen.positions)
+        begun = time.monotonic()
         samples = model.sample(
             chosen.num_samples,
             length,
@@ -148,8 +151,13 @@ def run_sample(args: argparse.Namespace) -> int:
             watch=animation,
             **fields,
         )
+    seconds = time.monotonic() - begun
     if args.html and isinstance(animation, Animation):
         animation.write_html(Path(args.html), f"{chosen.num_samples} samples of {Path(args.path).name}")
+    made = samples[0].numel() - len(samples[0]) * len(given) - int(samples.saved.sum())
+    shapes, recording = samples.recorded
+    more = f"; of {seconds:.1f} s, {recording:.1f} went into recording {shapes} shapes of passes" if shapes else ""
+    print(f"{made / seconds:.0f} tokens/s{more}", file=sys.stderr)
     show_samples(samples, model.tokenizer.decode, args.json)
     return 0
 
@@ -181,9 +189,6 @@ def show_samples(samples: Any, decode: Any, as_json: bool) -> None:
         ]
         print(json.dumps({"num_forward_passes": samples.num_forward_passes, "samples": out}))
         return
-    if samples.recorded[0]:
-        shapes, seconds = samples.recorded
-        Terminal(stderr=True).print(f"{shapes} shapes of passes were recorded for this call, in {seconds:.1f} s")
     for i, (text, total) in enumerate(zip(texts, totals, strict=True)):
         made = tokens.shape[1] - int(samples.saved[i])
         Terminal().rule(f"sample {i}   log p = {total:.1f}   {samples.num_forward_passes} passes for {made} tokens")

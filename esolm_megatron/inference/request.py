@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 Schedule = Literal["binomial", "uniform", "first_hitting"]
 """binomial: the ancestral sampler of the paper. uniform: equally many places in each diffusion step. first_hitting: the
 ancestral sampler of infinitely many steps, which fills one place a pass."""
+Propose = int | Literal["auto"]
 Order = Literal["random", "left_to_right", "block_distant"]
 """Places of the diffusion steps: random, from the left, or random ones of which a step takes those farthest apart."""
 
@@ -95,7 +96,8 @@ class SampleRequest:
     schedule drawn for each row; by default the rows share one. stop_id: id of end-of-text; a row ends once every place
     before the first one drawn is filled, the places left are given the same id, and the text up to there is the one
     that a full row would have. propose: with the first-hitting schedule, tokens that are proposed at once and verified
-    in the next pass (`passes` = 1), or in one of its own (2); the distribution stays that of one token a pass.
+    in the next pass (`passes` = 1), or in one of its own (2); the distribution stays that of one token a pass. "auto": as
+    many as pay in each row, by the share of its proposals that were accepted so far.
     first_row: id of the first row, for requests that together are one.
     """
 
@@ -114,7 +116,7 @@ class SampleRequest:
     order: Order | Tensor = "random"
     own_schedules: bool = False
     stop_id: int | None = None
-    propose: int = 1
+    propose: Propose = 1
     passes: int = 1
     first_row: int = 0
 

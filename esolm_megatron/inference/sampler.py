@@ -288,7 +288,7 @@ def sample_rows(model: EsoLM, request: SampleRequest, watch: Watch | None = None
     sampler.add_all(plans)
     _check_proposals(request)
     fed, log_probs = sampler.fed[:-1, :-1], sampler.log_probs[:-1, :-1]
-    if request.propose > 1:
+    if request.propose != 1:
         ended = None if request.stop_id is None else sampler.ended
         rows = fed, sampler.order[:-1, :-1], log_probs
         count = decode_verified(model, *rows, request, num_given=len(plans[0].given), watch=watch, ended=ended)
@@ -315,8 +315,10 @@ def of_one_length(schedules: list[list[int]]) -> list[list[int]]:
 
 def _check_proposals(request: SampleRequest) -> None:
     propose, passes, schedule = request.propose, request.passes, request.schedule
-    if propose < 1 or passes not in (1, 2):
-        raise ValueError(f"propose = {propose}, passes = {passes}: propose at least 1 token, verified in 1 or 2 passes")
+    if not (propose == "auto" or (isinstance(propose, int) and propose >= 1)) or passes not in (1, 2):
+        raise ValueError(
+            f"propose = {propose}, passes = {passes}: propose at least 1 token, or 'auto', in 1 or 2 passes"
+        )
     if propose == 1:
         return
     if schedule != "first_hitting":

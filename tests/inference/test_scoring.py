@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -120,6 +121,10 @@ def test_sampling_options_of_the_verb(folder, capsys):
     assert [s["tokens"] for s in made["samples"]] == theirs[0].tolist()
     fewer = answer(capsys, "sample", folder, "schedule=first_hitting", "propose=4", "alpha_0=1")
     assert fewer["num_forward_passes"] < 24
+    assert main(["sample", str(folder), "schedule=first_hitting", "propose=auto", "alpha_0=1"]) == 0
+    assert re.fullmatch(r"\d+ tokens/s\n", capsys.readouterr().err)
+    assert main(["sample", str(folder), "propose=0"]) == 2
+    assert "propose" in capsys.readouterr().err
     assert main(["sample", str(folder), "propose=4"]) == 2
     assert "schedule='first_hitting'" in capsys.readouterr().err
 

@@ -100,6 +100,7 @@ class RecordedPasses:
         self.pass_of = self.fed.new_zeros(rows)
         self.stored = self.fed.new_full((rows,), rows - 1)
         self.graphs: dict[tuple[Size, object], torch.cuda.CUDAGraph] = {}
+        self._ready: Counter[tuple[Size, object]] = Counter()
         self._pool = torch.cuda.graph_pool_handle() if self.record else None
 
     def plan(self, rows: NDArray[np.int64], bounds: NDArray[np.int64]) -> None:
@@ -116,11 +117,12 @@ class RecordedPasses:
 
     def __call__(self, size: Size, choose: Choose, kind: object = None) -> None:
         """One pass. kind: names what decides the operators of `choose`, whose work is recorded with the pass."""
-        self.counts[size] += 1
         key = size, kind
+        self.counts[size] += 1
+        self._ready[key] += 1
         if key in self.graphs:
             self.graphs[key].replay()
-        elif not self.record or self.counts[size] < RECORD_AT or len(self.graphs) == MOST_GRAPHS:
+        elif not self.record or self._ready[key] < RECORD_AT or len(self.graphs) == MOST_GRAPHS:
             self.run(size, choose)
         else:
             begun = time.monotonic()

@@ -32,6 +32,10 @@ from esolm_megatron.model.products import FastProducts
 from esolm_megatron.model.transformer import EsoLM
 from esolm_megatron.objective.noise import uniforms, words
 
+MOST = 8
+"""Tokens that "auto" proposes at most."""
+OVERHEAD = 32
+"""What a pass costs beside the places that it feeds, in places."""
 _Made = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
 
 
@@ -46,6 +50,19 @@ class _Row:
     q: Tensor | None = None
     width: int = 1
     """Masks of each group."""
+    accepted: int = 0
+    judged: int = 0
+    """Proposals that were accepted, and those that were judged: what follows a refused one is not."""
+
+    @property
+    def best(self) -> int:
+        """Tokens to propose at once that give most for what they cost, if each is accepted as often as those before.
+
+        A function of the row's own past: no other row changes what it is given.
+        """
+        share = (self.accepted + 1) / (self.judged + 2)
+        gains = [(1 - share**k) / (1 - share) / (OVERHEAD + k + k * k) for k in range(1, MOST + 1)]
+        return 1 + max(range(MOST), key=gains.__getitem__)
 
 
 def decode_verified(
@@ -65,19 +82,21 @@ def decode_verified(
     once, the certain one included. watch, ended: told after each pass which rows, positions and tokens it made certain;
     `ended`, also told how many places of each row are certain (B,), names the rows that end before they are full.
     """
-    length, device, propose, draw = fed.shape[1], fed.device, request.propose, request.draw
-    cache = KVCache(model.shape, len(fed), length + propose * (propose + 1), model.embedding.weight.dtype, device)
+    length, device, draw = fed.shape[1], fed.device, request.draw
+    most = MOST if isinstance(request.propose, str) else request.propose
+    cache = KVCache(model.shape, len(fed), length + most * (most + 1), model.embedding.weight.dtype, device)
     products = FastProducts(model)
     rows = [_Row(i, num_given) for i in range(len(fed)) if num_given < length]
     count, known = 0, np.full(len(fed), num_given)
     while rows:
         for row in rows:
-            row.width = propose if request.passes == 1 or not row.proposals else 1
+            wanted = row.best if isinstance(request.propose, str) else request.propose
+            row.width = wanted if request.passes == 1 or not row.proposals else 1
         logits, firsts = _feed(model, cache, products, fed, order, rows)
         exact = probabilities(logits[torch.cat(firsts).to(device)], draw)
         made, at = [], 0
         for row, first in zip(rows, firsts, strict=True):
-            raw = words(2 * propose + 2, request.seed, "verified", request.first_row + row.id, count)
+            raw = words(2 * most + 2, request.seed, "verified", request.first_row + row.id, count)
             made.append(_advance(row, fed, log_probs, logits, exact[at : at + len(first)], first, draw, raw))
             at += len(first)
         over = {row.id for row in rows if row.known == length}
@@ -148,10 +167,12 @@ def _advance(
     for proposal in row.proposals:
         p = exact[accepted]
         assert row.q is not None
+        row.judged += 1
         if not accept(p[proposal].item(), row.q[accepted, proposal].item(), float(chances[accepted])):
             p = (p - row.q[accepted]).clamp_(min=0)
             break
         accepted += 1
+        row.accepted += 1
         p = exact[min(accepted, len(exact) - 1)]
     row.cached, row.known = before + accepted, before + accepted
     signed = torch.from_numpy(raw.view(np.int64)).to(device)

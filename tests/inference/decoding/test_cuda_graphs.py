@@ -1,6 +1,7 @@
 """Passes of fixed shapes give what passes of their own shapes give; only their recording needs a GPU."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from parity import MODERN, random_model
 from test_sampler import close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from esolm_megatron.inference import SampleRequest
+from esolm_megatron.inference import SampleRequest, sample
+from esolm_megatron.inference import sampler as sampler_module
 from esolm_megatron.inference.decoding import decoder as decoder_module
 from esolm_megatron.inference.decoding.cuda_graphs import RecordedPasses, Size
 from esolm_megatron.inference.decoding.decoder import Decoder
@@ -168,6 +170,28 @@ def test_a_pass_has_few_operators():
     two, three = (counted_pass({"schedule": "uniform", "steps": 12}, num_layers=n).count for n in (2, 3))
     assert three - two < 100, "the layer, with what the interpreter adds"
     assert counted_pass({"schedule": "uniform", "steps": 12}, rows=5, num_layers=2).count == two
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"schedule": "uniform", "steps": 3, "own_schedules": True},
+        {"schedule": "uniform", "steps": 3, "top_k": 9, "repetition_penalty": 1.3, "stop_id": 4},
+        {"schedule": "first_hitting", "steps": 1, "propose": 3},
+    ],
+    ids=["plain", "penalised and stopped", "proposals"],
+)
+def test_the_branch_of_a_gpu_draws_the_tokens_of_a_cpu(monkeypatch, options):
+    """Fixed shapes, both kernels and late reading together, in fp32, from the same words."""
+    pytest.importorskip("triton")
+    model, fields = random_model(torch.float32, **MODERN), {"alpha_0": 0.7, "seed": 3, **options}
+    theirs = sample(model, 3, 13, **fields)
+    monkeypatch.setattr(sampler_module, "Sampler", partial(Sampler, fixed_shapes=True, late=2))
+    with cuda_operators():
+        ours = sample(model, 3, 13, **fields)
+    assert torch.equal(ours[0], theirs[0])
+    assert torch.equal(ours.saved, theirs.saved)
+    torch.testing.assert_close(ours[1], theirs[1], rtol=1e-4, atol=1e-4)
 
 
 def test_a_large_batch_has_few_sizes():

@@ -28,7 +28,7 @@ def counts_of(samples):
     return torch.bincount((samples[0] * torch.tensor([27, 9, 3, 1])).sum(1), minlength=81)
 
 
-@pytest.mark.parametrize(("propose", "passes"), [(2, 1), (4, 1), (3, 2), (8, 2)])
+@pytest.mark.parametrize(("propose", "passes"), [(2, 1), (4, 1), (3, 2), (8, 2), ("auto", 1)])
 def test_the_distribution_is_that_of_one_token_a_pass(propose, passes):
     model, p = toy()
     chi_square_is_fine(counts_of(sample(model, 2000, 4, **OPTIONS, propose=propose, passes=passes, seed=1)), p)
@@ -83,3 +83,22 @@ def test_a_model_that_ignores_its_context_needs_one_pass_for_k_tokens():
     for k, passes, expected in ((2, 1, 7), (4, 1, 4), (8, 1, 3), (2, 2, 9), (4, 2, 6)):
         samples = sample(model, 2, 13, **{**OPTIONS, "order": "random"}, propose=k, passes=passes)
         assert abs(samples.num_forward_passes - expected) <= 1, (k, passes, samples.num_forward_passes)
+    auto = sample(model, 2, 64, **{**OPTIONS, "order": "random"}, propose="auto")
+    few = sample(model, 2, 64, **{**OPTIONS, "order": "random"}, propose=3)
+    assert auto.num_forward_passes < few.num_forward_passes - 3, "what is always accepted pays more at once"
+
+
+def test_how_many_proposals_pay():
+    """By acceptance: none of use, the start, half, nearly all. And a row's tokens do not depend on the rows beside it."""
+    found = [speculative._Row(0, 0, accepted=a, judged=n).best for a, n in ((0, 40), (0, 0), (50, 100), (99, 100))]
+    assert found == sorted(found)
+    assert found[0] == 1
+    assert found[1] == found[2] > 1
+    assert found[3] > 4
+    model = random_model(spread=0.5)
+    options = {**OPTIONS, "order": "random", "propose": "auto", "seed": 4}
+    whole = sample(model, 5, 13, **options)
+    part = sample(model, 2, 13, first_row=3, **options)
+    assert torch.equal(whole[0][3:], part[0])
+    with pytest.raises(ValueError, match="or 'auto'"):
+        sample(model, 2, 13, **{**options, "propose": "all"})
