@@ -107,3 +107,26 @@ def test_pipelines(folder, model):
     assert [guess["sequence"][:2] for guess in fill("ab[MASK]d")] == ["ab"] * 5
     mapped = transformers.AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True, device_map="cpu")
     assert mapped.device.type == "cpu"
+
+
+def test_low_rank_adapters_attach_and_learn(folder):
+    """peft's LoRA finds the linears of the blocks; what is trained is nothing else."""
+    peft = pytest.importorskip("peft")
+    from esolm_megatron.huggingface import EsoLMForMaskedLM
+
+    torch.manual_seed(0)
+    whole = EsoLMForMaskedLM.from_pretrained(folder)
+    model = peft.get_peft_model(whole, peft.LoraConfig(target_modules=["qkv", "out", "fc1", "fc2"], r=4))
+    learnt = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.rpartition(".lora_")[0].rpartition(".")[2] for name in learnt} == {"qkv", "out", "fc1", "fc2"}
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    ids, labels = torch.tensor([[97, 257, 99, 257]]), torch.tensor([[-100, 98, -100, 100]])
+    optimizer, losses = torch.optim.AdamW(learnt.values(), lr=0.05), []
+    for _ in range(20):
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
