@@ -128,5 +128,5 @@ def test_low_rank_adapters_attach_and_learn(folder):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < losses[0] - 1
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
