@@ -66,6 +66,18 @@ def test_padding_changes_nothing(model, side):
     assert torch.equal(together[:, :4], ids)
 
 
+def test_rows_of_different_lengths_have_random_numbers_of_their_own(folder, model):
+    """What is sampled apart is numbered on: no two rows of a call draw by the same words."""
+    ours, rows = load_pretrained(folder), [torch.tensor([97, 98]), torch.tensor([100, 101, 102, 103])]
+    ids, mask = torch.full((2, 4), 256), torch.zeros(2, 4, dtype=torch.long)
+    for n, row in enumerate(rows):
+        ids[n, 4 - len(row) :], mask[n, 4 - len(row) :] = row, 1
+    made = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=True, seed=4, eos_token_id=None)
+    for n, row in enumerate(rows):
+        alone = ours.sample(1, len(row) + 6, prompt=row, seed=4, first_row=n)[0][0]
+        assert torch.equal(made[n, 4:], alone[len(row) :])
+
+
 def test_holes_are_filled_and_what_follows_the_end_is_padding(model):
     ids = torch.tensor([[97, 257, 99, 257, 100]])
     made = model.generate(ids, max_new_tokens=3, do_sample=True, seed=1, eos_token_id=None)

@@ -67,9 +67,10 @@ class DocumentedApex(types.ModuleType):
     wgrad_gemm_accum_fp32(input, d_output, d_weight), which adds d_output^T input to d_weight.
     """
 
-    factor = 1.0
+    factor, calls = 1.0, 0
 
     def wgrad_gemm_accum_fp32(self, input, d_output, d_weight):
+        self.calls += 1
         assert input.dtype == d_output.dtype == torch.bfloat16
         assert d_weight.dtype == torch.float32
         assert d_weight.is_contiguous()
@@ -81,14 +82,25 @@ def with_apex(config, factor):
 
     apex = sys.modules["fused_weight_gradient_mlp_cuda"] = DocumentedApex("fused_weight_gradient_mlp_cuda")
     apex.factor, main_grad._APEX = factor, apex
-    return said(config)
+    choose, tried = main_grad.choose, []
+
+    def counted(*args):
+        found = choose(*args)
+        tried.append(apex.calls)
+        return found
+
+    main_grad.choose = counted
+    found = said(config)
+    return found if isinstance(found, str) else (*found, apex.calls - tried[0])
 
 
 def test_apex_is_tried_timed_and_used_where_it_is_right():
-    ((table, loss),) = run_ranks(with_apex, 1, bf16(gradients="apex"), 1.0)
+    ((table, loss, calls),) = run_ranks(with_apex, 1, bf16(gradients="apex"), 1.0)
+    assert calls == 4 * 4 * MODERN["num_layers"], "micro-batches, matrices of a block, blocks"
     assert table["gradients"].startswith("added up in fp32 by NVIDIA Apex's products (relative error ")
     assert loss == run_ranks(said, 1, bf16())[0][1]
-    ((table, _),) = run_ranks(with_apex, 1, bf16(), 0.9)
+    ((table, _, calls),) = run_ranks(with_apex, 1, bf16(), 0.9)
+    assert calls == 0
     assert "by torch's products (relative error 0.1" in table["gradients"]
     (message,) = run_ranks(with_apex, 1, bf16(gradients="apex"), 0.9)
     assert message.startswith("train.kernels.gradients = apex: relative error 0.1")

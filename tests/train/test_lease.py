@@ -71,7 +71,9 @@ def test_on_another_machine_beats_decide(tmp_path, monkeypatch):
     elsewhere = {"token": "x", "host": "other", "pid": 1, "world": "another boot", "begun": "1", "since": "then"}
     path.write_text(json.dumps(elsewhere))
     os.utime(path, (time.time() - 60, time.time() - 60))
-    with pytest.raises(UserError, match=r"process 1 on other writes this run since then, with a sign of life 6\d s ago"):
+    with pytest.raises(
+        UserError, match=r"process 1 on other writes this run since then, with a sign of life 6\d s ago"
+    ):
         Lease(tmp_path).__enter__()
     os.utime(path, (time.time() - 100, time.time() - 100))
     with Lease(tmp_path):
