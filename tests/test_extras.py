@@ -54,7 +54,7 @@ PROMISED = {
     "": [
         "--version", "--help", "plan run.yaml --processes 2 --device H100", "doctor",
         "data corpus corpus max_bytes=60000", "data train-tokenizer corpus output=learnt vocab_size=300",
-        PREPARE.format("again", "text.txt"), PREPARE.format("lines", "lines.jsonl"), PREPARE.format("packed", "lines.jsonl.gz"),
+        PREPARE.format("again", "text*.txt"), PREPARE.format("lines", "lines.jsonl"), PREPARE.format("packed", "lines.jsonl.gz"),
         "data verify again", "data show again", f"data mix run.yaml {SMALL}",
         "convert run out", "convert out --check", "convert out back --to training", "convert out theirs --to reference",
         "convert llama imported --from transformers length=16",
@@ -173,6 +173,8 @@ def material(tmp_path_factory):
     folder = tmp_path_factory.mktemp("material")
     text = "\n\n".join(p.read_text() for p in sorted((ROOT / "docs").glob("*.md"))[:4])
     (folder / "text.txt").write_text(text)
+    for number in range(20):  # a text file is one document, and one alone could fall to either split
+        (folder / f"text{number}.txt").write_text("\n\n".join(text.split("\n\n")[number::20]))
     documents = [{"text": part} for part in text.split("\n\n") if part]
     lines = "".join(json.dumps(x) + "\n" for x in documents).encode()
     (folder / "lines.jsonl").write_bytes(lines)

@@ -116,6 +116,13 @@ def prepare(config: PrepareConfig, progress: bool = True, stdin: BinaryIO | None
             shutil.rmtree(folder / name, ignore_errors=True)
     manifest = ShardReader(folder).manifest
     notes += filter(None, [str(find_inputs(config.inputs))])
+    wanted = {"train": 1 - config.validation_fraction, "validation": config.validation_fraction}
+    notes += [
+        f"no document for {split}: the hash of a document decides, and of {manifest.documents['kept']} none fell there; "
+        "give more (a text file is one), or change validation_fraction"
+        for split, share in wanted.items()
+        if share and not manifest.splits[split].documents
+    ]
     return Summary(folder, manifest, time.monotonic() - began, len(work), resumed, tuple(notes))
 
 

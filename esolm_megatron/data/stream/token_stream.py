@@ -359,7 +359,7 @@ class ValidationSet:
         for source, first in zip(self._sources, self._first_row, strict=True):
             if not first[-1]:
                 raise DataError(
-                    f"{shown(source.path)}: split {split!r} is empty; prepare with a larger validation_fraction or more text"
+                    f"{shown(source.path)}: split {split!r} is empty; prepare with another validation_fraction or more documents"
                 )
         check_alike(dict(zip((name for name, _ in used), self._sources, strict=True)))
         self.manifest, self.seq_length = self._sources[0].reader.manifest, seq_length

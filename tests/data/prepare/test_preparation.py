@@ -295,7 +295,7 @@ def prepared_from(tmp_path, files, **options):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data if isinstance(data, bytes) else data.encode())
     out = tmp_path / f"out{len([*tmp_path.glob('out*')])}"
-    summary = prepare(small_config(tmp_path / "in", out, validation_fraction=0, **options), progress=False)
+    summary = prepare(small_config(tmp_path / "in", out, **({"validation_fraction": 0} | options)), progress=False)
     return sorted(stored_documents(out, "train")), summary
 
 
@@ -543,3 +543,14 @@ def test_a_tokenizer_that_drops_letters_is_said(tmp_path):
     assert "the tokenizer does not keep 東 я ع 🚀 and the like: texts lose them" in str(summary)
     _, summary = prepared_from(tmp_path, {})
     assert "does not keep" not in str(summary)
+
+
+def test_a_split_that_no_document_fell_to_is_said(tmp_path):
+    """A text file is one document: a corpus of one has one split only, whatever the fraction."""
+    said = [
+        str(prepared_from(tmp_path / str(fraction), {"a.txt": "alone"}, validation_fraction=fraction)[1])
+        for fraction in (0, 0.001, 0.999)
+    ]
+    assert ["no document for" in text for text in said] == [False, True, True]
+    assert "no document for validation: the hash of a document decides, and of 1 none fell there" in said[1]
+    assert "no document for train" in said[2]

@@ -148,7 +148,7 @@ def test_a_single_sequence(tmp_path):
         DataError, match=rf"no row of seq_length = {total + 1} tokens \(its longest block has {total}\)"
     ):
         stream(tmp_path / "out", seq_length=total + 1)
-    with pytest.raises(DataError, match="split 'validation' is empty; prepare with a larger validation_fraction"):
+    with pytest.raises(DataError, match="split 'validation' is empty; prepare with another validation_fraction"):
         ValidationSet(tmp_path / "out", seq_length=5)
 
 
