@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
+KINDS = ("weight", "exp_avg", "exp_avg_sq", "momentum_buffer", "ema")
 
 
 class CheckpointError(OSError):

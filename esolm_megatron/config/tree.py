@@ -10,12 +10,13 @@ from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from esolm_megatron.config.layouts import layout_problems, world_problems  # noqa: F401 - callers of a Config ask here
+from esolm_megatron.config.optim import OptimConfig, optim_problems
 from esolm_megatron.config.section import Section, field_problems, nearest
 from esolm_megatron.config.sections import DataConfig, GuardConfig, WatchdogConfig, data_problems
 from esolm_megatron.config.yaml_text import read_mapping, value_of
@@ -117,34 +118,6 @@ class ObjectiveConfig(Section):
         return {0.0: 0.0, 1.0: 1.0}.get(self.alpha_0, 0.5)
 
 
-Decay = Annotated[float, Field(ge=0, lt=1)]
-
-
-class OptimConfig(Section):
-    """AdamW, learning-rate schedule, clipping, and the moving average of the weights."""
-
-    lr: float = Field(3e-4, gt=0)
-    """Peak learning rate."""
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
-    """Adam's decay rates."""
-    eps: float = Field(1e-8, gt=0)
-    """Adam's denominator offset."""
-    weight_decay: float = Field(0.0, ge=0)
-    """Decoupled weight decay on matrices; vectors are never decayed."""
-    clip_grad: float = Field(1.0, ge=0)
-    """Largest global gradient norm; 0 means no clipping."""
-    schedule: Literal["constant", "cosine", "wsd"] = "constant"
-    """After the warm-up: constant, cosine to the minimum, or constant and then linear to the minimum (WSD)."""
-    warmup_steps: int = Field(2500, ge=0)
-    """Steps of linear warm-up."""
-    decay_steps: int = Field(0, ge=0)
-    """Last steps of wsd over which the rate falls."""
-    min_lr_fraction: float = Field(0.0, ge=0, le=1)
-    """Final learning rate as a share of lr (cosine, wsd)."""
-    ema_decay: float = Field(0.9999, ge=0, lt=1)
-    """Decay of the moving average of the weights, whose weights sum to one from the first step on; 0 means none."""
-
-
 class KernelsConfig(Section):
     """Who does a job; auto takes the fastest that is there and right. What is named and missing or wrong ends the run."""
 
@@ -214,6 +187,8 @@ class ParallelConfig(Section):
     """Send and receive in one batched call; null means yes for 1F1B and no for the interleaved schedule."""
     reduce_bucket_elements: int = Field(50_000_000, ge=1)
     """Elements that ZeRO reduces or gathers in one call."""
+    overlap: bool = True
+    """ZeRO 1 in bf16: reduce gradients of blocks during backward, and gather new weights during the next forward."""
     timeout_s: float = Field(600.0, gt=0)
     """Seconds after which a collective that does not finish is an error."""
 
@@ -344,14 +319,6 @@ def _fp8_problems(c: Any) -> Iterator[str]:
             yield f"model.{name} = {size}: fp8 products take multiples of 16{f' x tensor_size = {16 * cut}' if cut > 1 else ''}"
 
 
-def _schedule_problems(c: Any) -> Iterator[str]:
-    o, t = c.optim, c.train
-    if o.schedule == "wsd" and not 0 < o.decay_steps <= t.num_steps:
-        yield f"optim.decay_steps = {o.decay_steps}: wsd needs between 1 and train.num_steps = {t.num_steps}"
-    if o.schedule != "constant" and o.warmup_steps >= t.num_steps:
-        yield f"optim.warmup_steps = {o.warmup_steps}: must be below train.num_steps = {t.num_steps}"
-
-
 def _checkpoint_problems(c: Any) -> Iterator[str]:
     k = c.checkpoint
     if k.keep_every and (not k.every_steps or k.keep_every % k.every_steps):
@@ -363,13 +330,13 @@ def _checkpoint_problems(c: Any) -> Iterator[str]:
 
 _CHECKS = (
     _checkpoint_problems,
+    optim_problems,
     _model_problems,
     _objective_problems,
     _batch_problems,
     _compile_problems,
     _fp8_problems,
     layout_problems,
-    _schedule_problems,
     data_problems,
 )
 

@@ -236,11 +236,12 @@ class EsoLM(nn.Module):
 
 
 @torch.no_grad()
-def initialise(model: EsoLM, seed: int) -> None:
+def initialise(model: EsoLM, seed: int, width_ratio: float = 1.0) -> None:
     """Fill the weights: equal on every layout, because each whole tensor is a function of (seed, name).
 
     Matrices are normal with `init_std`, those that write into the residual stream divided by sqrt(2 num_layers); norm
-    weights are one, biases zero.
+    weights are one, biases zero. width_ratio: of another width than this one, for which init_std holds (muP: Yang et al.
+    2022, arXiv 2203.03466): matrices of blocks take its root, the head takes it, embeddings are as they were.
     """
     config, linears = model.shape, model.linears
     names = model.whole_names()
@@ -254,6 +255,7 @@ def initialise(model: EsoLM, seed: int) -> None:
         std = config.init_std
         if name.endswith(("attention.out.weight", "mlp.fc2.weight")):
             std /= math.sqrt(2 * config.num_layers)
+        std *= {"embedding.weight": 1.0, "head.weight": width_ratio}.get(name, math.sqrt(width_ratio))
         digest = hashlib.blake2b(f"{seed}|{name}".encode(), digest_size=7).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
         shape = tuple(parameter.shape)

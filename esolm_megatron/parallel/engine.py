@@ -21,6 +21,7 @@ from esolm_megatron.parallel import groups, main_grad, pipeline, providers, repl
 from esolm_megatron.parallel.context import own_share
 from esolm_megatron.parallel.gate import Gate
 from esolm_megatron.parallel.megatron_layers import megatron_config
+from esolm_megatron.parallel.overlap import Overlap
 from esolm_megatron.parallel.zero_state import ZeroState
 from esolm_megatron.topology import padded_vocab
 
@@ -60,8 +61,17 @@ class Engine:
         self.deepspeed = zero.build(config, self.chunks, self.owned)
         if config.train.kernels.gradients != "deepspeed":
             main_grad.attach(self.chunks, self.deepspeed.optimizer)
+        self.overlap: Overlap | None = getattr(self.deepspeed, "overlap", None)
+        if self.overlap is not None:
+            megatron.no_sync_func = self.overlap.held
         self.work = Stopwatch(self.device)
         self.state = ZeroState(self.deepspeed, self.owned, self.topology, config.optim.ema_decay)
+        each_holds_all = config.parallel.zero_stage == 0
+        self.state.share_matrices(
+            ps.get_tensor_model_parallel_group()
+            if each_holds_all
+            else ps.get_tensor_and_data_parallel_group(with_context_parallel=True)
+        )
         self._own_loss = torch.zeros((), dtype=torch.float64, device=self.device)
         self.evidence = (0.0, 0.0)
         """Of the last `try_step`: the loss as this rank's tokens gave it, and a fingerprint of its norms and biases."""
@@ -94,6 +104,8 @@ class Engine:
         with self.work:
             outcome = pipeline.loss_outcome(num_valid, scale)
             kept = self._run(staged, outcome, forward_only=False, num_valid=num_valid)
+            if self.overlap is not None:
+                self.overlap.finish()
         if self.config.parallel.zero_stage < 2:  # the others are finished as they come
             zero.finish_gradients(self.config, self.chunks, self.state.gradients(), self.topology)
         self._own_loss = mean_loss(torch.stack(kept).double().sum(0), num_valid) if kept else num_valid.new_zeros(())
@@ -179,7 +191,7 @@ class Engine:
 
     def restore(self, checkpoint: Checkpoint, kinds: tuple[str, ...], num_steps: int) -> None:
         """Continue from a checkpoint written by any layout."""
-        self.state.restore(checkpoint.read_box, kinds, num_steps)
+        self.state.restore(checkpoint.read_box, {kind: {*checkpoint.names(kind)} for kind in kinds}, num_steps)
 
     def all_ranks(self, number: int) -> list[int]:
         """Every rank's `number`, in the order of ranks."""
@@ -193,7 +205,13 @@ class Engine:
 
     def close(self) -> None:
         """Leave the run."""
+        self.settle()
         groups.stop()
+
+    def settle(self) -> None:
+        """Wait for weights that the last step left under way."""
+        if self.overlap is not None:
+            self.overlap.arrive()
 
     def try_step(
         self, noised: Noised | Staged, lr: float, problem_of: Callable[[float, float], str | None]
@@ -216,6 +234,7 @@ class Engine:
         Ask before a step's update: it rounds the master weights into new ones everywhere, so that a wrong weight vanishes
         and a wrong master weight becomes everyone's. Each rank compares its master weights with its weights for that.
         """
+        self.settle()
         group = ps.get_data_parallel_group(with_context_parallel=True)
         found = replicas.disagreements([(o.name, o.parameter) for o in self.owned], group)
         found += [

@@ -44,7 +44,7 @@ def build_chunks(config: Config, megatron: TransformerConfig, topology: Topology
             last=topology.stage == num_stages - 1 and chunk == num_chunks - 1,
             recompute=config.parallel.recompute,
         )
-        initialise(model, config.seed)
+        initialise(model, config.seed, config.optim.width_ratio(config.model.hidden_size))
         float8.attach(model, config, device.type, compiled=compiled and apart)
         if compiled:
             model.compile_blocks(cuda_graphs=config.train.cuda_graphs, apart=apart)

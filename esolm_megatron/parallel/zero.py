@@ -10,6 +10,7 @@ here, and every process updates everything (DeepSpeed's own stage 0 counts copie
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +24,10 @@ from torch import Tensor, nn
 
 from esolm_megatron.config import Config
 from esolm_megatron.model.layers import split_of
-from esolm_megatron.model.transformer import EsoLM, parameters_with_names
+from esolm_megatron.model.transformer import Block, EsoLM, parameters_with_names
 from esolm_megatron.parallel.groups import LoneUnit, ModelParallelUnit
+from esolm_megatron.parallel.muon import Muon
+from esolm_megatron.parallel.overlap import Overlap, matrices, neighbours
 from esolm_megatron.topology import Topology
 
 
@@ -34,7 +37,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     on_gpu = torch.cuda.is_available() and config.train.device != "cpu"
     zero: dict[str, Any] = {
         "stage": max(p.zero_stage, 1),
-        "overlap_comm": p.zero_stage >= 2 and on_gpu,  # before, all is reduced after the last backward pass
+        "overlap_comm": p.zero_stage >= 2 and on_gpu,  # ZeRO 1: overlap.py
         "contiguous_gradients": True,
         "reduce_scatter": True,
         "round_robin_gradients": False,
@@ -100,11 +103,11 @@ def build(config: Config, chunks: Sequence[EsoLM], owned: Sequence[Owned]) -> An
     """A DeepSpeed engine over the chunks, with AdamW: matrices decayed, vectors not."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     bf16_optimizer.see_memory_usage = lambda *args, **kwargs: None  # it prints at every step
-    matrices = [o.parameter for o in owned if o.parameter.dim() > 1]
-    vectors = [o.parameter for o in owned if o.parameter.dim() <= 1]
-    o = config.optim
-    groups = [{"params": matrices, "weight_decay": o.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps, fused=True)
+    o, buckets = config.optim, _buckets(config, chunks)
+    optimizer = Muon(
+        _groups(config, owned, [[p for block in bucket for p in matrices(block)] for bucket in buckets]),
+        momentum=o.momentum, model=config.model, lr=o.lr, betas=o.betas, eps=o.eps, fused=True,
+    )  # fmt: skip
     stage = config.parallel.zero_stage
     engine, *_ = deepspeed.initialize(
         model=nn.ModuleList(chunks) if stage < 2 else chunks[0],
@@ -115,11 +118,46 @@ def build(config: Config, chunks: Sequence[EsoLM], owned: Sequence[Owned]) -> An
     )
     if isinstance(engine.optimizer, bf16_optimizer.BF16_Optimizer):
         _take_few_passes(engine.optimizer)
+        if buckets:
+            engine.overlap = Overlap(engine.optimizer, buckets)
     if stage >= 2 and config.parallel.tensor_size > 1:
         for owned_parameter in owned:
             if split_of(owned_parameter.parameter).partial_grad:
                 owned_parameter.parameter.register_hook(_summed_over_tensor_ranks)
     return engine
+
+
+def _groups(config: Config, owned: Sequence[Owned], bucketed: Sequence[Sequence[nn.Parameter]]) -> list[dict[str, Any]]:
+    """DeepSpeed's parameter groups: what is updated alike, matrices first, and a group for each bucket at the end."""
+    apart = {id(p): number for number, bucket in enumerate(bucketed, 1) for p in bucket}
+    found: dict[tuple[Any, ...], list[nn.Parameter]] = {}
+    for x in sorted(owned, key=lambda x: (apart.get(id(x.parameter), 0), x.parameter.dim() <= 1)):
+        found.setdefault((apart.get(id(x.parameter), 0), *_treatment(config, x)), []).append(x.parameter)
+    return [
+        {"params": parameters, "index": index, "muon": muon, "lr_scale": scale, "weight_decay": decay}
+        for index, ((_, muon, scale, decay), parameters) in enumerate(found.items())
+    ]
+
+
+def _treatment(config: Config, x: Owned) -> tuple[bool, float, float]:
+    """Whether Muon updates a parameter, what its learning rate is multiplied by, its weight decay.
+
+    With `optim.base_width`, AdamW's rate of matrices with a width on the side of their input falls as the width grows (Yang et
+    al. 2022, arXiv 2203.03466, table 3), and Muon's by the root of it. Decay times rate stays.
+    """
+    o, matrix = config.optim, x.parameter.dim() > 1
+    muon = o.name == "muon" and matrix and x.name.startswith("layers.")
+    narrower = o.width_ratio(config.model.hidden_size) if matrix and x.name != "embedding.weight" else 1.0
+    scale = math.sqrt(narrower) if muon else narrower
+    return muon, scale, o.weight_decay / scale if matrix else 0.0
+
+
+def _buckets(config: Config, chunks: Sequence[EsoLM]) -> list[list[Block]]:
+    """What is reduced and gathered beside arithmetic, if anything."""
+    p, several = config.parallel, ps.get_data_parallel_world_size(with_context_parallel=True) > 1
+    if not (several and p.overlap and p.zero_stage == 1 and config.train.precision == "bf16") or p.offload_optimizer:
+        return []
+    return neighbours(chunks, p.reduce_bucket_elements)
 
 
 def _take_few_passes(optimizer: bf16_optimizer.BF16_Optimizer) -> None:
@@ -166,14 +204,14 @@ def finish_gradients(
 
 
 def _all_reduce_together(tensors: list[Tensor], group: Any, bucket: int, *, divide: int = 1) -> None:
-    for part in _buckets(tensors, bucket):
+    for part in _split(tensors, bucket):
         together = torch.cat([t.reshape(-1) for t in part])
         dist.all_reduce(together, group=group)
         for tensor, piece in zip(part, together.split([t.numel() for t in part]), strict=True):
             tensor.copy_(piece.view_as(tensor) / divide)
 
 
-def _buckets(tensors: list[Tensor], size: int) -> Iterator[list[Tensor]]:
+def _split(tensors: list[Tensor], size: int) -> Iterator[list[Tensor]]:
     bucket: list[Tensor] = []
     for tensor in tensors:
         if bucket and sum(t.numel() for t in bucket) + tensor.numel() > size:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from esolm_megatron.checkpoint import Piece
 from esolm_megatron.model.layers import Box, boxes, split_of, whole_shape
 from esolm_megatron.parallel.main_grad import fp32_gradients, missing_gradients
+from esolm_megatron.parallel.muon import MOMENTUM, Held
 from esolm_megatron.parallel.zero import Owned
 from esolm_megatron.topology import Topology
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+ADAM, MUON = ("exp_avg", "exp_avg_sq"), (MOMENTUM,)
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,23 @@ class ZeroState:
         self.partitions: Partitions = (ParameterPartitions if stage3 else GroupPartitions)(engine.optimizer)
         self.flats = self.partitions.flats
         self.ema = [flat.detach().clone() for flat in self.flats] if ema_decay else []
+        self.moments = [MUON if not stage3 and x["muon"] else ADAM for x in engine.optimizer.param_groups]
+        """Of each flat tensor: kinds of moments."""
+        if stage3:
+            self.moments = [ADAM] * len(self.flats)
+
+    def share_matrices(self, group: Any) -> None:
+        """Let the ranks of `group` share Muon's work, if there is any."""
+        if MUON not in self.moments:
+            return
+        found = [
+            Held(flat, owned.name, box.whole, box.shape, where.start)
+            for owned, box, flat, where in self.fragments(primary_only=False)
+            if self.moments[flat] is MUON
+        ]
+        size = self.topology.tensor_size
+        shapes = {o.name: whole_shape(o.shape, split_of(o.parameter), size) for o in self.owned}
+        self.engine.optimizer.optimizer.share(found, shapes, group, self.owned[0].parameter.dtype)
 
     def gradients(self) -> dict[nn.Parameter, Tensor]:
         """This rank's summed gradients, which may be changed in place before the step: fp32, shaped as parameters.
@@ -151,7 +169,7 @@ class ZeroState:
         """Reduce over data ranks, clip, update; returns the global gradient norm before clipping, nan if it is not finite."""
         optimizer = self.engine.optimizer
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         self.engine.step()
         if not self.engine.was_step_applied():  # refused (gate.py): nothing was changed
             return math.nan
@@ -188,31 +206,35 @@ class ZeroState:
             flat = self.flats[group]
             shape = whole_shape(owned.shape, split_of(owned.parameter), size)
             state = optimizer.state[flat]
-            kinds = {"weight": flat.detach(), **{k: state[k] for k in MOMENTS if k in state}}
+            kinds = {"weight": flat.detach(), **{k: state[k] for k in self.moments[group] if k in state}}
             if self.ema:
                 kinds["ema"] = self.ema[group]
             for kind, tensor in kinds.items():
                 yield Piece(kind, owned.name, shape, box.whole, _cut(tensor, flat_range, box))
 
-    def restore(self, read_box: Any, kinds: Sequence[str], num_steps: int) -> None:
-        """Fill this rank's part from `read_box(kind, name, offset, shape)`, whatever layout wrote it."""
+    def restore(self, read_box: Any, names: Mapping[str, Collection[str]], num_steps: int) -> None:
+        """Fill this rank's part from `read_box(kind, name, offset, shape)`, whatever layout wrote it.
+
+        names: kind -> the tensors that have it. A moment that a tensor has not, of another optimizer, begins with zeros.
+        """
         optimizer = self.engine.optimizer
         self.num_steps = num_steps
         step = torch.tensor(float(num_steps))
-        for flat in self.flats:
+        for flat, moments in zip(self.flats, self.moments, strict=True):
             state = optimizer.state[flat]
-            state["step"] = step.to(flat.device, copy=True)
-            for kind in MOMENTS:
+            if moments is ADAM:
+                state["step"] = step.to(flat.device, copy=True)
+            for kind in moments:
                 state[kind] = torch.zeros_like(flat.data)
         with torch.no_grad():
             for owned, box, group, flat_range in self.fragments(primary_only=False):
                 flat = self.flats[group]
                 state = optimizer.state[flat]
-                targets = {"weight": flat.data, **{k: state[k] for k in MOMENTS}}
+                targets = {"weight": flat.data, **{k: state[k] for k in self.moments[group]}}
                 if self.ema:
                     targets["ema"] = self.ema[group]
                 for kind, tensor in targets.items():
-                    if kind in kinds:
+                    if owned.name in names.get(kind, ()):
                         value = read_box(kind, owned.name, box.whole, box.shape)
                     elif kind == "ema":
                         value = read_box("weight", owned.name, box.whole, box.shape)

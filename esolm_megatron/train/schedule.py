@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from esolm_megatron.config.tree import OptimConfig
+from esolm_megatron.config.optim import OptimConfig
 
 
 def learning_rate(step: int, optim: OptimConfig, num_steps: int) -> float:

@@ -4,7 +4,7 @@ import pytest
 from truth import make_config
 
 from esolm_megatron.config import dump
-from esolm_megatron.config.tree import OptimConfig
+from esolm_megatron.config.optim import OptimConfig
 from esolm_megatron.train.preflight import rate_jump
 from esolm_megatron.train.schedule import learning_rate
 
