@@ -14,6 +14,8 @@ def layout_problems(c: Any) -> Iterator[str]:
     yield from _stage_problems(c)
     yield from _zero_problems(c.parallel)
     p = c.parallel
+    if p.offload_activations and p.recompute != "full":
+        yield f"parallel.offload_activations = true: recompute = {p.recompute} keeps more than blocks' inputs; set recompute=full"
     if p.virtual_pipeline_size > 1 and p.batch_p2p_comm and p.pipeline_size == 2:
         yield "parallel.batch_p2p_comm = true: with 2 interleaved stages messages are swapped in silence; set it to false or null"
     if p.virtual_pipeline_size > 1 and p.deallocate_pipeline_outputs and c.train.device == "cpu":

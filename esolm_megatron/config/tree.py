@@ -181,6 +181,8 @@ class ParallelConfig(Section):
     """Keep weights in host memory too (ZeRO 3)."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in backward: none, those of the MLP, or those of whole blocks."""
+    offload_activations: bool = False
+    """With recompute=full, the inputs of blocks wait for backward in host memory."""
     deallocate_pipeline_outputs: bool = False
     """Free a stage's output once it is sent (saves memory on NCCL)."""
     batch_p2p_comm: bool | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from types import MethodType
 from typing import Any, Protocol
 
@@ -141,10 +142,11 @@ class EsoLM(nn.Module):
         first: bool = True,
         last: bool = True,
         recompute: str = "none",
+        offload: bool = False,
     ):
         super().__init__()
         self.shape, self.linears, self.first, self.last = config, linears, first, last
-        self.recompute_blocks = recompute == "full"
+        self.recompute_blocks, self.offload_blocks = recompute == "full", offload
         layers = range(config.num_layers) if layers is None else layers
         if first:
             self.embedding = linears.vocab_embedding(config.vocab, config.hidden_size)
@@ -214,7 +216,8 @@ class EsoLM(nn.Module):
             if last is not None and block.layer == self.shape.num_layers - 1:
                 inputs, places = (x, rope, last, (last_ids, *salts), last.fed), last.within
             if self.recompute_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+                with waiting_in_host_memory(x) if self.offload_blocks else nullcontext():
+                    x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(*inputs)
         if not self.last:
@@ -233,6 +236,25 @@ class EsoLM(nn.Module):
         """Local parameter name -> its name in the whole network; a tied head's copy is the embedding."""
         tied = {"head.weight": "embedding.weight"} if self.shape.tied_embeddings else {}
         return {name: tied.get(name, name) for name, _ in self.named_parameters()}
+
+
+def waiting_in_host_memory(x: Tensor) -> AbstractContextManager[Any]:
+    """Inside, what autograd saves of x waits for backward in host memory, pinned where x is on a GPU.
+
+    Copies are queued beside the arithmetic of x's stream: the host does not wait, and memory is free in the stream's order.
+    """
+
+    def away(saved: Tensor) -> tuple[torch.device, Tensor]:
+        if saved.data_ptr() != x.data_ptr() or saved.shape != x.shape:
+            return saved.device, saved
+        there = torch.empty(saved.shape, dtype=saved.dtype, pin_memory=saved.is_cuda)
+        return saved.device, there.copy_(saved, non_blocking=True)
+
+    def back(kept: tuple[torch.device, Tensor]) -> Tensor:
+        device, saved = kept
+        return saved.to(device, non_blocking=True)
+
+    return torch.autograd.graph.saved_tensors_hooks(away, back)
 
 
 @torch.no_grad()

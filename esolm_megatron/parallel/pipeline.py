@@ -43,6 +43,7 @@ def build_chunks(config: Config, megatron: TransformerConfig, topology: Topology
             first=topology.stage == 0 and chunk == 0,
             last=topology.stage == num_stages - 1 and chunk == num_chunks - 1,
             recompute=config.parallel.recompute,
+            offload=config.parallel.offload_activations,
         )
         initialise(model, config.seed, config.optim.width_ratio(config.model.hidden_size))
         float8.attach(model, config, device.type, compiled=compiled and apart)

@@ -168,7 +168,7 @@ def test_eight_processes_equal_one(name):
         (2, {"pipeline_size": 2, "layers_per_stage": [1, 4]}, {}),
         (2, {"tensor_size": 2, "sequence_parallel": True}, {"data": {"cross_document": False}}),
         (2, {"pipeline_size": 2, "virtual_pipeline_size": 2, "recompute": "full"}, {"data": {"cross_document": False}}),
-        (2, {"context_size": 2, "recompute": "full"}, {"data": {"cross_document": False}}),
+        (2, {"context_size": 2, "recompute": "full", "offload_activations": True}, {"data": {"cross_document": False}}),
         (4, {"context_size": 2, "pipeline_size": 2}, {"data": {"cross_document": False}}),
         (2, {"pipeline_size": 2, "virtual_pipeline_size": 2, "layers_per_stage": [3, 2]}, {}),
     ],
