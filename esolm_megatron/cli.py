@@ -99,6 +99,7 @@ def parser() -> argparse.ArgumentParser:
         "--processes", type=int, default=None, metavar="N", help="with --cluster: start N on this machine"
     )
     made.add_argument("--folder", default=".", metavar="DIR", help="with --cluster: where each rank tries to write")
+    made.add_argument("--providers", metavar="RUN.yaml", help="try this run's kernels here: who does each job, and why")
     made.add_argument("--layout", metavar="RUN.yaml", help="with --cluster: try each group of this run's layout")
     return out
 

@@ -238,3 +238,64 @@ def cuda_operators():
     finally:
         kernels.GPU_DEVICES.remove("cpu")
         library._destroy()
+
+
+class FlashAttn:
+    """A stand-in for the module flash_attn.flash_attn_interface of the package flash-attn 2.7 and 2.8, which is not here:
+    names, order and defaults of its four functions as its source has them, and the rules of its kernels, which are torch's.
+    """
+
+    @staticmethod
+    def _flash_attn_forward(
+        q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, return_softmax
+    ):  # fmt: skip
+        plain_rules(dropout_p, window_size_left, window_size_right, softcap, alibi_slopes)
+        rows = [x.transpose(1, 2) for x in (q, k, v)]
+        padded_rules(*rows, causal)
+        out, lse = padded(*rows, causal, softmax_scale)
+        return out.transpose(1, 2), lse, torch.empty(0), torch.empty(2, dtype=torch.int64)
+
+    @staticmethod
+    def _flash_attn_varlen_forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+        window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False, block_table=None,
+        leftpad_k=None, seqused_k=None,
+    ):  # fmt: skip
+        plain_rules(dropout_p, window_size_left, window_size_right, softcap, alibi_slopes)
+        cuts = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        out, lse, *_ = flash_runs(q, k, v, *cuts, 0.0, causal, False, scale=softmax_scale)
+        return out, lse, torch.empty(0), torch.empty(2, dtype=torch.int64)
+
+    @staticmethod
+    def _flash_attn_backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
+        softcap, alibi_slopes, deterministic, rng_state=None,
+    ):  # fmt: skip
+        plain_rules(dropout_p, window_size_left, window_size_right, softcap, alibi_slopes)
+        rows = [x.transpose(1, 2) for x in (dout, q, k, v, out)]
+        padded_rules(*rows[1:4], causal, rows[0], rows[4])
+        sums_rules(softmax_lse, rows[1].shape[:3])
+        for place, x in zip((dq, dk, dv), padded_backward(*rows, softmax_lse, causal, softmax_scale), strict=True):
+            insist(place.is_contiguous(), "places of gradients are in order")
+            place.copy_(x.transpose(1, 2))
+        return torch.empty(0)
+
+    @staticmethod
+    def _flash_attn_varlen_backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+        softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
+    ):  # fmt: skip
+        plain_rules(dropout_p, window_size_left, window_size_right, softcap, alibi_slopes)
+        cuts = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        state, unused = torch.empty(2, dtype=torch.uint64), torch.empty((), dtype=torch.uint64)
+        found = flash_runs_backward(
+            dout, q, k, v, out, softmax_lse, *cuts, 0.0, causal, state, unused, scale=softmax_scale
+        )
+        for place, x in zip((dq, dk, dv), found, strict=True):
+            place.copy_(x)
+        return torch.empty(0)
+
+
+def plain_rules(dropout_p, left, right, softcap, alibi_slopes):
+    """Attention without anything else."""
+    insist((dropout_p, left, right, softcap, alibi_slopes) == (0.0, -1, -1, 0.0, None), "plain attention is meant here")

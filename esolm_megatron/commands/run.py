@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+from rich.table import Table
+
 from esolm_megatron.commands import show
 from esolm_megatron.config import load
 from esolm_megatron.errors import require
@@ -28,11 +30,27 @@ def run_doctor(args: argparse.Namespace) -> int:
     """What this machine has, or what all processes of a run can do together."""
     if args.cluster:
         return _doctor_cluster(args)
+    if args.providers:
+        return _doctor_providers(args)
     from esolm_megatron import doctor
 
     findings = doctor.report()
     show(doctor.as_table(findings), lambda: doctor.as_dict(findings), args.json)
     return doctor.exit_status(findings)
+
+
+def _doctor_providers(args: argparse.Namespace) -> int:
+    require(("deepspeed", "megatron"), "doctor --providers")
+    from esolm_megatron.parallel.providers import on_this_machine
+
+    found = on_this_machine(load(args.providers, []))
+    table = Table(title=f"who does what for {args.providers} here", title_justify="left")
+    for heading in ("job", "who, and what else was tried"):
+        table.add_column(heading, overflow="fold")
+    for job, who in found.items():
+        table.add_row(job, who)
+    show(table, lambda: found, args.json)
+    return 0
 
 
 def _doctor_cluster(args: argparse.Namespace) -> int:

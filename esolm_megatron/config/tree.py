@@ -121,8 +121,8 @@ class ObjectiveConfig(Section):
 class KernelsConfig(Section):
     """Who does a job; auto takes the fastest that is there and right. What is named and missing or wrong ends the run."""
 
-    attention: Literal["auto", "torch", "cudnn", "fa3", "fa4"] = "auto"
-    """torch's own flash attention, cuDNN's for calls of a lasting shape, or flash-attention 3 or 4 behind torch."""
+    attention: Literal["auto", "torch", "cudnn", "fa2", "fa3", "fa4"] = "auto"
+    """torch's own flash attention, cuDNN's for calls of a lasting shape, flash-attn 2, or flash-attention 3 or 4 behind torch."""
     gradients: Literal["auto", "torch", "apex", "deepspeed"] = "auto"
     """Adding up weight gradients in fp32: in torch's or NVIDIA Apex's products, or in DeepSpeed, rounded to bf16 before."""
     loss: Literal["auto", "torch", "triton"] = "auto"

@@ -7,11 +7,13 @@ whichever of the right ones was fastest.
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import math
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,10 +27,10 @@ from torch import Tensor
 from esolm_megatron.errors import UserError
 from esolm_megatron.model import kernels
 from esolm_megatron.model.attention import Calls, PackedAttention, PackedLayout
-from esolm_megatron.model.kernels import Call, Chosen, Cudnn, Kernel, TorchFlash, laid_out_as
+from esolm_megatron.model.kernels import Call, Chosen, Cudnn, FlashPackage, Kernel, TorchFlash, laid_out_as
 
 _LOG = logging.getLogger(__name__)
-_LIBRARIES = ("FA4", "FA3")
+_LIBRARIES, PACKAGE = ("FA4", "FA3"), "flash_attn.flash_attn_interface"
 MOST_ERROR = 0.02
 """Relative, of outputs and gradients in bf16: rounding gives 3e-3."""
 Milliseconds = dict[str, dict[str, float]]
@@ -51,6 +53,16 @@ def choose(device: torch.device, wanted: str = "auto") -> str:
         if wanted not in ("auto", "torch"):
             raise KernelError(f"train.kernels.attention = {wanted}: on a CPU attention is torch's own; set it to auto")
         return kernels.CHOSEN_ON_CPU.name
+    if wanted == "fa2":
+        try:
+            package = FlashPackage(importlib.import_module(PACKAGE))
+            error = error_of(package, device)
+        except Exception as problem:  # built for another torch, another GPU, or an older one with other arguments
+            raise KernelError(f"train.kernels.attention = fa2: {str(problem).partition(chr(10))[0]}") from problem
+        if error >= MOST_ERROR:
+            raise KernelError(f"train.kernels.attention = fa2: relative error {error:.3g}; set auto")
+        kernels.CHOSEN = Chosen(package)
+        return package.name
     activate: Callable[[str], None] | None = getattr(registry, "activate_flash_attention_impl", None)
     tried = []
     for library in _LIBRARIES if wanted == "auto" else [x for x in _LIBRARIES if x == wanted.upper()]:
@@ -84,6 +96,15 @@ def choose(device: torch.device, wanted: str = "auto") -> str:
     raise KernelError(f"flash attention of torch {torch.__version__} on {_device_name(device)}: {found}")
 
 
+def others() -> tuple[Kernel, ...]:
+    """Libraries besides torch's own that may take calls of a lasting shape: they are tried at these shapes."""
+    try:
+        return Cudnn(), FlashPackage(importlib.import_module(PACKAGE))
+    except Exception as problem:  # not installed, or for another torch
+        _LOG.info("%s: %s", FlashPackage.name, problem)
+        return (Cudnn(),)
+
+
 def padded_calls(layout: PackedLayout, heads: int, key_heads: int, head_dim: int) -> list[Call]:
     """The calls without runs that a block makes for micro-batches of this layout, rows without documents."""
     calls = Calls.of(layout, None)
@@ -97,11 +118,11 @@ def padded_calls(layout: PackedLayout, heads: int, key_heads: int, head_dim: int
 
 
 def time_calls(
-    calls: Sequence[Call], dtype: torch.dtype, device: torch.device, others: Sequence[Kernel] | None = None
+    calls: Sequence[Call], dtype: torch.dtype, device: torch.device, candidates: Sequence[Kernel] | None = None
 ) -> Milliseconds:
-    """How long the chosen kernel and others (cuDNN) take for each call, measured once on a machine and kept in a file.
+    """How long the chosen kernel and the candidates (`others()`) take for each call, measured once on a machine and kept in a file.
 
-    Others take part where they give what the chosen one gives. Costs up to a second for each call that is not in the file.
+    Candidates take part where they give what the chosen one gives. Costs up to a second for each call that is not in the file.
     """
     path = _cache_file(device)
     known = _read(path)
@@ -109,21 +130,21 @@ def time_calls(
     for call in calls:
         name = f"{call} {str(dtype).removeprefix('torch.')}"
         if name not in known:
-            known[name] = _times(call, dtype, device, (Cudnn(),) if others is None else others)
+            known[name] = _times(call, dtype, device, others() if candidates is None else candidates)
             _write(path, known)
         out[name] = known[name]
     return out
 
 
 def use(
-    times: Milliseconds, calls: Sequence[Call], others: Sequence[Kernel] | None = None, wanted: str = "auto"
+    times: Milliseconds, calls: Sequence[Call], candidates: Sequence[Kernel] | None = None, wanted: str = "auto"
 ) -> list[str]:
     """Use the fastest kernel for each call, as `time_calls` found, or cuDNN's if that is wanted; returns a line for each.
 
     Raises:
         KernelError: cuDNN's is wanted, and is wrong, or does not take a call.
     """
-    by_name = {kernel.name: kernel for kernel in ((Cudnn(),) if others is None else others)}
+    by_name = {kernel.name: kernel for kernel in (others() if candidates is None else candidates)}
     default = kernels.CHOSEN.default
     by_call, lines = {}, []
     for call, (name, found) in zip(calls, times.items(), strict=True):
@@ -174,7 +195,7 @@ def _chosen(choice: Chosen) -> Iterator[None]:
         kernels.CHOSEN = before
 
 
-def _times(call: Call, dtype: torch.dtype, device: torch.device, others: Sequence[Kernel]) -> dict[str, float]:
+def _times(call: Call, dtype: torch.dtype, device: torch.device, candidates: Sequence[Kernel]) -> dict[str, float]:
     """Kernel -> ms, for the default kernel and the others that agree with it on this call."""
     generator = torch.Generator().manual_seed(0)
 
@@ -195,12 +216,15 @@ def _times(call: Call, dtype: torch.dtype, device: torch.device, others: Sequenc
         return [*made, *kernels.flash_backward(grad, q, k, v, whole, sums, call.causal, scale)]
 
     right = passes()
-    for kernel in (kernels.CHOSEN.default, *others):
+    for kernel in (kernels.CHOSEN.default, *candidates):
         with _chosen(Chosen(kernel)):
             try:
                 if difference(passes(), right) < MOST_ERROR:
                     out[kernel.name] = milliseconds(passes, device)
-            except RuntimeError as problem:  # a library that does not take this shape
+            except (
+                RuntimeError,
+                TypeError,
+            ) as problem:  # a library that does not take this shape, or has other arguments
                 _LOG.info("%s: %s: %s", call, kernel.name, problem)
     return out
 
@@ -227,7 +251,9 @@ def _device_name(device: torch.device) -> str:
 def _cache_file(device: torch.device) -> Path:
     """One for each kind of GPU and version of what decides."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "esolm-megatron"
-    versions = f"torch {torch.__version__}", f"cudnn {torch.backends.cudnn.version()}"
+    found = sys.modules.get("flash_attn")
+    versions = [f"torch {torch.__version__}", f"cudnn {torch.backends.cudnn.version()}"]
+    versions += [f"flash-attn {found.__version__}"] if found else []
     name = "-".join(["attention", _device_name(device), *versions, kernels.CHOSEN.default.name])
     return folder / ("".join(x if x.isalnum() or x in "-.+" else "_" for x in name) + ".json")
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -259,6 +259,51 @@ class Cudnn:
             mode.causal,
             scale=mode.scale,
         )
+
+
+class FlashPackage:
+    """The package flash-attn 2, from 2.7 on, by the functions under its autograd; bf16 and fp16."""
+
+    name, shared_heads, ragged = "flash-attn 2", True, True
+
+    def __init__(self, interface: Any):
+        """interface: the module flash_attn.flash_attn_interface."""
+        self._interface = interface
+
+    @staticmethod
+    def _options(mode: Mode) -> dict[str, Any]:
+        cuts = {} if mode.runs is None else dict(zip(_CUTS, mode.runs.cuts, strict=True))
+        return cuts | {
+            "dropout_p": 0.0, "softmax_scale": mode.scale, "causal": mode.causal, "window_size_left": -1,
+            "window_size_right": -1, "softcap": 0.0, "alibi_slopes": None,
+        }  # fmt: skip
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mode: Mode) -> tuple[Tensor, Tensor]:
+        """It wants (B, tokens, heads, D), or for runs (tokens, heads, D)."""
+        rows = [_rows(x, mode) for x in (q, k, v)]
+        call = self._interface._flash_attn_forward if mode.runs is None else self._interface._flash_attn_varlen_forward
+        out, lse = call(*rows, **self._options(mode), return_softmax=False)[:2]
+        return (out.transpose(1, 2), lse) if mode.runs is None else (out.transpose(0, 1)[None], lse[None])
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mode: Mode
+    ) -> Gradients:
+        """Gradients are written where they are told."""
+        given = [_rows(x, mode) for x in (grad, q, k, v, out)]
+        found = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in given[1:4]]
+        whole = mode.runs is None
+        call = self._interface._flash_attn_backward if whole else self._interface._flash_attn_varlen_backward
+        sums = (lse if whole else lse.squeeze(0)).contiguous()
+        call(*given, sums, *found, **self._options(mode), deterministic=False)
+        dq, dk, dv = (x.transpose(1, 2) if whole else x.transpose(0, 1)[None] for x in found)
+        return dq, dk, dv
+
+
+_CUTS = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+
+
+def _rows(x: Tensor, mode: Mode) -> Tensor:
+    return x.transpose(1, 2) if mode.runs is None else x.squeeze(0).transpose(0, 1)
 
 
 @dataclass(frozen=True)

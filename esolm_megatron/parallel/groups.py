@@ -74,7 +74,7 @@ def start(config: Config) -> tuple[Topology, torch.device]:
         torch.cuda.current_device = lambda: device  # type: ignore[assignment,return-value]
         schedules.torch = TorchOnCpu()
     if not dist.is_initialized():
-        _join(device, rank, world_size, config.parallel.timeout_s)
+        join(device, rank, world_size, config.parallel.timeout_s)
     sizes = config.parallel
     ps.initialize_model_parallel(
         tensor_model_parallel_size=sizes.tensor_size,
@@ -91,7 +91,8 @@ def start(config: Config) -> tuple[Topology, torch.device]:
     return topology, device
 
 
-def _join(device: torch.device, rank: int, world_size: int, timeout_s: float) -> None:
+def join(device: torch.device, rank: int, world_size: int, timeout_s: float) -> None:
+    """Become one of `world_size` processes that talk over NCCL or gloo; a lone one needs no address."""
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed wants it even of a lone process
     options: dict[str, Any] = {"timeout": datetime.timedelta(seconds=timeout_s)}
     if device.type == "cuda":

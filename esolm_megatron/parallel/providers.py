@@ -10,12 +10,13 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 import torch
+import torch.distributed as dist
 
 from esolm_megatron.config import Config, ConfigError
 from esolm_megatron.model import flash, kernels, loss
 from esolm_megatron.model.size import run_capacity
 from esolm_megatron.objective.esolm import micro_batch_layout
-from esolm_megatron.parallel import main_grad
+from esolm_megatron.parallel import groups, main_grad
 from esolm_megatron.parallel.groups import from_first_rank
 from esolm_megatron.topology import Topology
 
@@ -33,8 +34,24 @@ def choose(config: Config, topology: Topology, device: torch.device) -> dict[str
         "norms": "torch, compiled" if compiled else "torch",
         "gradients": _gradients(config, topology, device),
         "loss": _loss(config, device),
-        "optimizer": f"torch's fused AdamW, DeepSpeed ZeRO {config.parallel.zero_stage}",
+        "optimizer": _optimizer(config),
     }
+
+
+def on_this_machine(config: Config) -> dict[str, str]:
+    """What `choose` says here for a run of any size, asked by one process that is in no run."""
+    p, device = config.parallel, groups.device_of(config)
+    groups.join(device, 0, 1, p.timeout_s)
+    try:
+        world = p.tensor_size * p.pipeline_size * p.context_size
+        return choose(config, Topology(0, world, p.tensor_size, p.pipeline_size, p.context_size), device)
+    finally:
+        dist.destroy_process_group()
+
+
+def _optimizer(config: Config) -> str:
+    adam = f"torch's fused AdamW, DeepSpeed ZeRO {config.parallel.zero_stage}"
+    return adam if config.optim.name == "adamw" else f"Muon for the matrices of blocks; {adam}, for the rest"
 
 
 def _attention(config: Config, topology: Topology, device: torch.device) -> str:

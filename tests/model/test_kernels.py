@@ -4,20 +4,21 @@ import json
 import os
 import subprocess
 import sys
+import types
 from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
-from cuda_rules import OPERATORS, cuda_operators
+from cuda_rules import OPERATORS, FlashAttn, cuda_operators
 from ranks import run_ranks
 from torch._subclasses.fake_tensor import FakeTensorMode
 from truth import MODERN, REFERENCE, make_config, share_of_step
 
 from esolm_megatron.model import flash, kernels
 from esolm_megatron.model.attention import DocumentRuns, PackedAttention, PackedLayout
-from esolm_megatron.model.kernels import Call, Chosen, Cudnn, Mode, Runs, TorchFlash
+from esolm_megatron.model.kernels import Call, Chosen, Cudnn, FlashPackage, Mode, Runs, TorchFlash
 from esolm_megatron.model.size import run_capacity
 from esolm_megatron.objective.esolm import micro_batch_layout
 
@@ -122,6 +123,42 @@ def test_a_packed_row_is_that_of_the_cpu(on_gpu, kernel, documents, groups):
         truth = results(torch.float32)
     for a, b in zip(ours, truth, strict=True):
         assert (a - b).norm() < 6e-3 * b.norm()
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_calls_of_the_package_flash_attn(on_gpu, documents, shared):
+    """Against its documented signature: what torch's own operators give, in the same layouts."""
+    for causal in (True, False):
+        *tensors, grad, runs = call_arguments(shared, causal, documents, "cpu")
+        use(TorchFlash())
+        wanted = both_passes(*tensors, grad, causal, runs)
+        use(FlashPackage(FlashAttn))
+        for ours, theirs in zip(both_passes(*tensors, grad, causal, runs), wanted, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_the_package_is_used_where_it_is_installed(on_gpu, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(flash.KernelError, match="attention = fa2: No module named 'flash_attn'"):
+        flash.choose(CPU, "fa2")
+    assert [kernel.name for kernel in flash.others()] == ["cuDNN attention"]
+    package = types.ModuleType("flash_attn")
+    package.__version__ = "2.8.3"
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setitem(sys.modules, flash.PACKAGE, FlashAttn)
+    assert flash.choose(CPU, "fa2") == kernels.CHOSEN.default.name == "flash-attn 2"
+    use(TorchFlash())
+    call = Call(2, 4, 2, 16, 16, 16, True)
+    (times,) = flash.time_calls([call], torch.bfloat16, CPU).values()
+    assert set(times) == {"torch's flash attention", "cuDNN attention", "flash-attn 2"}
+    (path,) = tmp_path.rglob("*.json")
+    assert "flash-attn_2.8.3" in path.name
+    flash.use({"call": times | {"flash-attn 2": 0.0}}, [call])
+    assert kernels.CHOSEN.by_call[call].name == "flash-attn 2"
+    monkeypatch.setattr(FlashAttn, "_flash_attn_backward", staticmethod(lambda *args, **options: args[6].zero_()))
+    with pytest.raises(flash.KernelError, match="attention = fa2: relative error"):
+        flash.choose(CPU, "fa2")
 
 
 def test_what_no_kernel_takes_is_computed_densely(on_gpu):

@@ -1,6 +1,7 @@
 """Who does each job: what a run says, what `train.kernels` forces, and what it refuses."""
 
 import json
+import subprocess
 import sys
 import types
 
@@ -9,6 +10,7 @@ import torch
 from ranks import run_ranks
 from truth import MODERN, make_config, share_of_step
 
+from esolm_megatron.config import dump
 from esolm_megatron.errors import UserError
 
 pytestmark = pytest.mark.gloo
@@ -39,6 +41,27 @@ def test_every_job_has_somebody_and_a_reason():
         "loss": "torch",
         "optimizer": "torch's fused AdamW, DeepSpeed ZeRO 1",
     }
+
+
+def test_doctor_tries_the_kernels_of_a_run_of_any_size(tmp_path):
+    """One process, with what a cluster's ranks would find."""
+    config = make_config(
+        parallel={"tensor_size": 2, "pipeline_size": 2}, optim={"name": "muon"}, train={"precision": "bf16"}
+    )
+    (tmp_path / "run.yaml").write_text(dump(config))
+
+    def asked(*words):
+        command = [sys.executable, "-m", "esolm_megatron", "doctor", f"--providers={tmp_path / 'run.yaml'}", *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    found = json.loads(asked("--json").stdout)
+    assert found["optimizer"] == "Muon for the matrices of blocks; torch's fused AdamW, DeepSpeed ZeRO 1, for the rest"
+    assert found["gradients"] == "added up in fp32 by torch's products (NVIDIA Apex is not installed)"
+    assert "Muon for the matrices" in asked().stdout
+    (tmp_path / "run.yaml").write_text(dump(bf16(attention="fa2")))
+    refused = asked()
+    assert refused.returncode == 1
+    assert "train.kernels.attention = fa2: on a CPU attention is torch's own" in refused.stderr
 
 
 def test_gradients_may_be_left_to_deepspeed():
