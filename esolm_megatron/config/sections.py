@@ -11,6 +11,15 @@ from esolm_megatron.config.section import Section
 from esolm_megatron.errors import without_secrets
 
 
+class PhaseConfig(Section):
+    """What a run is trained with from some step on."""
+
+    from_step: int = Field(ge=1)
+    """Steps that are done when it begins."""
+    set: dict[str, Any]
+    """`section.field`: value, of those that --change may change."""
+
+
 class GuardConfig(Section):
     """What is done about bad numbers and corrupted weights. Non-finite losses and gradient norms are always bad."""
 

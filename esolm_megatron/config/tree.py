@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field, ValidationError
 from esolm_megatron.config.layouts import layout_problems, world_problems  # noqa: F401 - callers of a Config ask here
 from esolm_megatron.config.optim import OptimConfig, optim_problems
 from esolm_megatron.config.section import Section, field_problems, nearest
-from esolm_megatron.config.sections import DataConfig, GuardConfig, WatchdogConfig, data_problems
+from esolm_megatron.config.sections import DataConfig, GuardConfig, PhaseConfig, WatchdogConfig, data_problems
 from esolm_megatron.config.yaml_text import read_mapping, value_of
 from esolm_megatron.errors import ConfigError, UserError, shown  # noqa: F401 - callers of a Config look for both here
 
@@ -233,6 +233,10 @@ class Config(Section):
     """Folder that holds run folders."""
     seed: int = Field(0, ge=0)
     """Seed of weights, data order, noise and orders."""
+    start_from: str | None = None
+    """RUN or RUN@STEP: the checkpoint of another run whose weights this one begins with; null means from the seed."""
+    optimizer: Literal["keep", "new"] = "keep"
+    """With start_from: go on with that run's moments and moving average, or begin new ones."""
     model: ModelConfig
     objective: ObjectiveConfig
     train: TrainConfig
@@ -244,6 +248,8 @@ class Config(Section):
     log: LogConfig = LogConfig()
     guard: GuardConfig = GuardConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
+    phases: tuple[PhaseConfig, ...] = ()
+    """Changes declared beforehand, in the order of their steps."""
 
     @property
     def run_dir(self) -> Path:

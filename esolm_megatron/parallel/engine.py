@@ -189,9 +189,11 @@ class Engine:
         """What this rank has to save."""
         return self.state.pieces()
 
-    def restore(self, checkpoint: Checkpoint, kinds: tuple[str, ...], num_steps: int) -> None:
-        """Continue from a checkpoint written by any layout."""
-        self.state.restore(checkpoint.read_box, {kind: {*checkpoint.names(kind)} for kind in kinds}, num_steps)
+    def restore(self, checkpoint: Checkpoint, *, new_optimizer: bool = False) -> None:
+        """Continue from a checkpoint written by any layout; or from its weights alone, with moments that begin anew."""
+        kinds = ["weight"] if new_optimizer else checkpoint.kinds()
+        done = 0 if new_optimizer else checkpoint.manifest["numbers"].get("optimizer_steps", checkpoint.step)
+        self.state.restore(checkpoint.read_box, {kind: {*checkpoint.names(kind)} for kind in kinds}, done)
 
     def all_ranks(self, number: int) -> list[int]:
         """Every rank's `number`, in the order of ranks."""
@@ -202,6 +204,11 @@ class Engine:
         value = torch.tensor(int(flag), device=self.device)
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return bool(value.item())
+
+    def release(self) -> None:
+        """Give the device's memory back, and stay in the run's process groups for another engine of the same layout."""
+        self.settle()
+        self.deepspeed.destroy()
 
     def close(self) -> None:
         """Leave the run."""

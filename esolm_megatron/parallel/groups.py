@@ -54,7 +54,7 @@ def from_first_rank(value: Any, device: torch.device) -> Any:
 
 
 def start(config: Config) -> tuple[Topology, torch.device]:
-    """Join the run: this process's coordinates and device. Reads RANK and WORLD_SIZE as torchrun and srun set them.
+    """Join the run, or stay in it: this process's coordinates and device. Reads RANK and WORLD_SIZE as torchrun and srun set them.
 
     Raises:
         ConfigError: the number of processes does not fit the configuration.
@@ -76,13 +76,16 @@ def start(config: Config) -> tuple[Topology, torch.device]:
     if not dist.is_initialized():
         join(device, rank, world_size, config.parallel.timeout_s)
     sizes = config.parallel
-    ps.initialize_model_parallel(
-        tensor_model_parallel_size=sizes.tensor_size,
-        pipeline_model_parallel_size=sizes.pipeline_size,
-        virtual_pipeline_model_parallel_size=sizes.virtual_pipeline_size if sizes.virtual_pipeline_size > 1 else None,
-        context_parallel_size=sizes.context_size,
-        create_gloo_process_groups=False,
-    )
+    if not ps.model_parallel_is_initialized():
+        ps.initialize_model_parallel(
+            tensor_model_parallel_size=sizes.tensor_size,
+            pipeline_model_parallel_size=sizes.pipeline_size,
+            virtual_pipeline_model_parallel_size=sizes.virtual_pipeline_size
+            if sizes.virtual_pipeline_size > 1
+            else None,
+            context_parallel_size=sizes.context_size,
+            create_gloo_process_groups=False,
+        )
     topology = Topology(rank, world_size, sizes.tensor_size, sizes.pipeline_size, sizes.context_size)
     assert topology.context_rank == ps.get_context_parallel_rank()
     assert topology.tensor_rank == ps.get_tensor_model_parallel_rank()

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from esolm_megatron.config import Config
 from esolm_megatron.errors import without_secrets
 from esolm_megatron.terminal import Terminal
-from esolm_megatron.train.course import recorded
+from esolm_megatron.train.course import turns
 
 logger = logging.getLogger(__name__)
 
@@ -245,9 +245,8 @@ def plot_loss(metrics: Path, picture: Path) -> None:
     points = [(x["step"], x["validation_nelbo"]) for x in lines if "validation_nelbo" in x]
     if points:
         axes.plot(*zip(*points, strict=True), "o-", label="validation NELBO (moving average)", color="black", ms=4)
-    for change in recorded(metrics.parent):
-        label = ", ".join(f"{name} = {after}" for name, (_, after) in change["set"].items())
-        axes.axvline(change["step"], color="grey", ls=":", label=label)
+    for step, changed in turns(metrics.parent, lines[-1]["step"] if lines else 0):
+        axes.axvline(step, color="grey", ls=":", label=", ".join(f"{name} = {x}" for name, x in changed.items()))
     axes.set(xlabel="step", ylabel="nats per token", title=f"Loss of {metrics.parent.name}")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -12,6 +13,7 @@ from esolm_megatron.config import Config, ConfigError, with_values, world_proble
 from esolm_megatron.config.yaml_text import read_mapping
 from esolm_megatron.data.stream import TokenStream
 from esolm_megatron.data.stream.mixture import sources_of
+from esolm_megatron.train.course import legs, origin
 from esolm_megatron.train.schedule import learning_rate
 
 _FREE_TO_CHANGE = {
@@ -62,9 +64,14 @@ def refuse_other_run(config: Config) -> None:
     with suppress(ValidationError):
         old = Config.model_validate(old).model_dump(mode="json")  # fields newer than the file get their defaults
     changed = []
+    done = max(
+        (int(x.parent.name[5:]) for x in config.run_dir.glob("checkpoints/step_????????/manifest.json")), default=0
+    )
     for section, value in new.items():
         free = _FREE_TO_CHANGE.get(section, set())
         if free is None or old.get(section) == value:
+            continue
+        if section == "phases" and _begun(old.get(section, []), done) == _begun(value, done):
             continue
         if not isinstance(value, dict):
             changed.append(f"{section}: was {old.get(section)!r}, now {value!r}")
@@ -77,6 +84,11 @@ def refuse_other_run(config: Config) -> None:
             f"{config.run_dir} holds a run with other settings; choose another name, restore these, or see --change:\n"
             + "\n".join(changed)
         )
+
+
+def _begun(phases: Sequence[Mapping[str, Any]], steps: int) -> list[Mapping[str, Any]]:
+    """Those that some of the first `steps` steps were trained in."""
+    return [phase for phase in phases if phase["from_step"] < steps]
 
 
 def rate_jump(config: Config, step: int) -> str | None:
@@ -105,7 +117,7 @@ def refuse_other_model(config: Config, model: Mapping[str, Any]) -> None:
     changed = [f"model.{key} = {a!r}: the weights need {b!r}" for key, a, b in other]
     if changed:
         raise ConfigError(
-            f"{config.run_dir} starts from converted weights of another network; name its model.yaml as base, or set:\n"
+            f"{config.run_dir} starts from weights of another network; name its model.yaml, if it has one, as base, or set:\n"
             + "\n".join(changed)
         )
 
@@ -119,6 +131,9 @@ def check_run(config: Config, world_size: int) -> None:
     """Raise ConfigError if `config` cannot run, or continue, on `world_size` processes."""
     config = resolve(config)
     refuse_other_run(config)
+    legs(config)
+    if (folder := origin(config)) is not None:
+        refuse_other_model(config, json.loads((folder / "manifest.json").read_text())["config"]["model"])
     problems = world_problems(config, world_size, config.train.device)
     if problems:
         raise ConfigError("\n".join(problems))

@@ -16,6 +16,7 @@ from esolm_megatron.data.shards.shard_cache import open_folder
 from esolm_megatron.data.stream.mixture import sources_of
 from esolm_megatron.parallel.engine import Engine
 from esolm_megatron.train import preflight
+from esolm_megatron.train.course import origin
 from esolm_megatron.train.feed import Feed
 from esolm_megatron.train.guard import batches_done
 
@@ -57,7 +58,7 @@ def resume(config: Config, engine: Engine, feed: Feed) -> int:
         raise error or CheckpointError(f"{config.run_dir}: the first rank found no checkpoint to continue from")
     step = engine.all_ranks(step)[0]
     if step < 0:
-        return 0
+        return _begin(config, engine)
     found = Checkpoint.open(checkpoint.step_folder(config.run_dir, step))
     numbers = found.manifest["numbers"]
     if "converted_from" in found.manifest:
@@ -65,8 +66,24 @@ def resume(config: Config, engine: Engine, feed: Feed) -> int:
     else:
         feed.check_same(found.manifest, batches_done(found.step, (numbers.get("guard") or {}).get("skipped", ())))
         feed.restore(numbers)
-    engine.restore(found, tuple(found.kinds()), found.step)
+    engine.restore(found)
     return found.step
+
+
+def _begin(config: Config, engine: Engine) -> int:
+    """Take the weights that `start_from` names, if it does; returns 0, the steps of a new run."""
+    folder, error = origin(config), None
+    if folder is None:
+        return 0
+    try:
+        found = Checkpoint.open(folder, verify=engine.is_first_rank)
+    except CheckpointError as problem:
+        error = problem
+    if engine.any_rank(error is not None):
+        raise error or CheckpointError(f"start_from = {config.start_from}: the first rank found it damaged")
+    preflight.refuse_other_model(config, found.config_tree["model"])
+    engine.restore(found, new_optimizer=config.optimizer == "new")
+    return 0
 
 
 def set_aside(run_dir: Path, steps: Sequence[int], number: int) -> None:

@@ -13,11 +13,13 @@ import torch
 from esolm_megatron.checkpoint import Checkpoint, complete_steps, step_folder
 from esolm_megatron.config import Config
 from esolm_megatron.model.size import flops_per_step
+from esolm_megatron.parallel import groups
 from esolm_megatron.parallel.engine import Engine, Staged, StepResult
 from esolm_megatron.parallel.replicas import accusations, compared
 from esolm_megatron.terminal import Terminal
-from esolm_megatron.train import preflight
+from esolm_megatron.train import course, preflight
 from esolm_megatron.train.collate import CollateAhead, noising
+from esolm_megatron.train.course import Leg
 from esolm_megatron.train.ending import Ending, StopRequest, mark, mark_running
 from esolm_megatron.train.feed import Feed
 from esolm_megatron.train.guard import Guard
@@ -60,48 +62,65 @@ def train(config: Config) -> Outcome:
     """
     config = preflight.resolve(config)
     preflight.refuse_other_run(config)
-    stop, rank = StopRequest(), int(os.environ.get("RANK", 0))
+    stop, rank, legs = StopRequest(), int(os.environ.get("RANK", 0)), course.legs(config)
     lease = Lease(config.run_dir) if rank == 0 else nullcontext()
     with lease, Watchdog(config.watchdog, config.run_dir, rank) as watchdog:
-        engine = Engine(config)
-        run = _Run(config, engine, stop, watchdog)
+        _, device = groups.start(config)
         try:
-            outcome = run.go()
-        except Exception as error:
-            if engine.is_first_rank and run.started:
-                mark(config.run_dir, Ending.FAILED, run.step, f"{type(error).__name__}: {error}")
-            raise
+            step, outcome = groups.from_first_rank(max(complete_steps(config.run_dir), default=0), device), None
+            while outcome is None:
+                leg = next((leg for leg in legs if leg.holds(step)), legs[-1])
+                step, outcome = _train_leg(config, leg, stop, watchdog)
         finally:
-            engine.close()
-        if engine.is_first_rank:
+            groups.stop()
+        if rank == 0:
             mark(config.run_dir, outcome.ending, outcome.step, outcome.detail)
         return outcome
+
+
+def _train_leg(config: Config, leg: Leg, stop: StopRequest, watchdog: Watchdog) -> tuple[int, Outcome | None]:
+    """Train until the run ends, or goes on in another leg; returns the steps that are done."""
+    engine = Engine(leg.config)
+    run = _Run(config, leg, engine, stop, watchdog)
+    try:
+        outcome = run.go()
+        return run.step, outcome
+    except Exception as error:
+        if engine.is_first_rank and run.started:
+            mark(config.run_dir, Ending.FAILED, run.step, f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        engine.release()
 
 
 class _Run:
     """One process's part in a run."""
 
-    def __init__(self, config: Config, engine: Engine, stop: StopRequest, watchdog: Watchdog):
-        self.config, self.engine, self.stop, self.watchdog = config, engine, stop, watchdog
+    def __init__(self, whole: Config, leg: Leg, engine: Engine, stop: StopRequest, watchdog: Watchdog):
+        self.whole, self.leg, self.config = whole, leg, leg.config
+        self.engine, self.stop, self.watchdog = engine, stop, watchdog
         self.clock = WallClock()
         self.stragglers = Stragglers(engine.topology.world_size)
-        self.guard = Guard(config.guard, config.run_dir, writes=engine.is_first_rank)
+        self.guard = Guard(whole.guard, whole.run_dir, writes=engine.is_first_rank)
         self.corruption: list[str] = []
         self.loss: float | None = None
         self.nelbo: float | None = None
         self.step, self.saved, self.started = 0, 0, False
 
-    def go(self) -> Outcome:
-        """The run, from its newest checkpoint to its end."""
+    def go(self) -> Outcome | None:
+        """The run, from its newest checkpoint to its end; None where it goes on in another leg."""
         config, engine = self.config, self.engine
         self.feed = Feed(config, engine, self.guard)
         self.watchdog.patience_s = self.feed.patience_s
         self.step = self.saved = resume(config, engine, self.feed)
+        if not self.leg.holds(self.step):  # the newest checkpoint was damaged
+            self.feed.close()
+            return None
         self._restore_guard()
         if engine.is_first_rank:
-            if jump := preflight.rate_jump(config, self.step):
+            if jump := preflight.rate_jump(self.whole, self.step):
                 Terminal(stderr=True, soft_wrap=True).print(f"warning: {jump}", highlight=False)
-            prepare_run_folder(config)
+            prepare_run_folder(self.whole)
             mark_running(config.run_dir, self.step)
         self.started = True
         self.watchdog.run_starts()
@@ -112,7 +131,7 @@ class _Run:
         noised = noising(config, engine)
         ended = (Ending.FINISHED, "") if self.step >= config.train.num_steps else None
         with Saver(config, engine) as self.saver:
-            while ended is None:  # once more after each rollback
+            while ended is None and self.leg.holds(self.step):  # once more after each rollback
                 first = self.guard.batch_of(self.step)
                 with CollateAhead(self.feed, first, lambda batch, step: engine.stage(noised(batch, step))) as ahead:
                     ended = self._steps(ahead)
@@ -120,15 +139,17 @@ class _Run:
                 self.saver.drain()
         self.metrics.close()
         self.feed.close()
+        if ended is None or (ended[0] == Ending.FINISHED and self.step < config.train.num_steps):
+            return None
         return Outcome(self.step, *ended, self.loss, self.nelbo)
 
     def _steps(self, ahead: CollateAhead[Staged]) -> tuple[Ending, str] | None:
         """Steps until the run ends, or has gone back to a checkpoint (None)."""
-        config, engine, guard, last = self.config, self.engine, self.guard, self.config.train.num_steps
+        config, engine, guard, last = self.config, self.engine, self.guard, self.leg.until
         first = True
         while True:
             number, staged = ahead.next(self.step + 1)
-            lr = learning_rate(self.step, config.optim, last)
+            lr = learning_rate(self.step, config.optim, config.train.num_steps)
             result, refused = engine.try_step(staged, lr, partial(self._objection, number))
             told: Signals[np.ndarray] = Signals(*engine.table(self._signals(number)).T)
             self.feed.settle(number, told)
@@ -165,8 +186,8 @@ class _Run:
             first = False
 
     def _due(self, every: int) -> bool:
-        """Whether something that happens `every` steps, and after the last one, happens now."""
-        return (every > 0 and self.step % every == 0) or self.step == self.config.train.num_steps
+        """Whether something that happens `every` steps, and after the last one of a leg, happens now."""
+        return (every > 0 and self.step % every == 0) or self.step == self.leg.until
 
     def _signals(self, number: int) -> Signals[float]:
         """What this rank tells the others after the step that was made, or refused, from batch `number`."""
@@ -185,6 +206,7 @@ class _Run:
         facts["drawn_ahead"] = ahead.drawn
         if first:
             facts["providers"] = self.engine.providers
+            facts["started_from"] = config.start_from
             every = config.guard.checksum_every_steps
             facts["compared"] = compared(self.engine.topology, config.parallel.zero_stage, every)
         facts["sources"] = self.feed.counts(next_batch)
@@ -208,6 +230,7 @@ class _Run:
             CheckpointError: on every rank, when the save before failed on any rank; older checkpoints stay.
         """
         numbers = {"loss": self.loss, "validation_nelbo": self.nelbo, "guard": self.guard.state()}
+        numbers["optimizer_steps"] = self.engine.state.num_steps
         manifest = {
             "step": self.step,
             "config": self.config.model_dump(mode="json"),
@@ -264,7 +287,7 @@ class _Run:
             if engine.is_first_rank:
                 set_aside(config.run_dir, [s for s in saved if s > target], len(guard.rollbacks))
             found = Checkpoint.open(step_folder(config.run_dir, target), verify=engine.is_first_rank)
-            engine.restore(found, tuple(found.kinds()), target)
+            engine.restore(found)
             self.feed.restore(found.manifest["numbers"])
             self.metrics.reached = max(self.metrics.reached, self.step)
             self.metrics.go_back(target)

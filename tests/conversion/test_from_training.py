@@ -19,7 +19,7 @@ def train_and_save(config, run, restore_step, num_steps):
     top, start = engine.topology, restore_step or 0
     if restore_step is not None:
         found = checkpoint.Checkpoint.open(checkpoint.step_folder(run, restore_step))
-        engine.restore(found, tuple(found.kinds()), restore_step)
+        engine.restore(found)
     for step in range(num_steps):
         engine.forward_backward(share_of_step(config, step, top.data_rank, top.data_size))
         engine.state.step(config.optim.lr)
