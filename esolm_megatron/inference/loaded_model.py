@@ -13,7 +13,7 @@ from torch import Tensor
 from esolm_megatron.config import ConfigError, ModelConfig
 from esolm_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from esolm_megatron.inference.request import SampleRequest
-from esolm_megatron.inference.sampler import Samples, Watch, of_one_length, sample_rows
+from esolm_megatron.inference.sampler import Sampler, Samples, Watch, of_one_length, sample_rows
 from esolm_megatron.model import flash
 from esolm_megatron.model.pretrained import load_model, read_config
 from esolm_megatron.model.transformer import EsoLM
@@ -31,6 +31,7 @@ class PretrainedEsoLM:
     def __init__(self, model: EsoLM, alpha_0: float, folder: Path | None = None, *, cross_document: bool = True):
         self.model, self.alpha_0, self.folder, self.cross_document = model, alpha_0, folder, cross_document
         self.config: ModelConfig = model.shape
+        self._kept: list[Sampler] = []
 
     @property
     def device(self) -> torch.device:
@@ -103,6 +104,7 @@ class PretrainedEsoLM:
                 self.model,
                 request.part(first, min(size, num_samples - first)),
                 watch if watch is None or first == 0 else _shifted(watch, first),
+                self._kept,
             )
             for first in (range(0, num_samples, size) if num_samples > 0 else [0])
         ]

@@ -130,6 +130,17 @@ class Sampler:
         self.late = (LATE if device.type == "cuda" else 0) if late is None else late
 
     @property
+    def lasting(self) -> bool:
+        """Whether it has something that the next call need not make again: passes that a GPU has recorded."""
+        return self.decoder.record
+
+    def serves(self, request: SampleRequest) -> bool:
+        """Whether it is idle, and as large as a request needs, but not four times as large."""
+        rows, places, wanted = len(self.saved), self.length, (request.num_samples, request.length)
+        fits = rows >= wanted[0] and places >= wanted[1] and rows * places <= 4 * wanted[0] * wanted[1]
+        return fits and len(self.free) == rows
+
+    @property
     def busy(self) -> bool:
         """Whether a row has passes left, or made some that nobody was told of."""
         return len(self.decoder.rows) > 0 or len(self.reports) > 0
@@ -277,17 +288,25 @@ def sample(model: EsoLM, num_samples: int, length: int, *, watch: Watch | None =
 
 
 @torch.inference_mode()
-def sample_rows(model: EsoLM, request: SampleRequest, watch: Watch | None = None) -> Samples:
+def sample_rows(
+    model: EsoLM, request: SampleRequest, watch: Watch | None = None, kept: list[Sampler] | None = None
+) -> Samples:
     """Sequences drawn from the model, with their log-probabilities, on the model's device. watch: called after each pass.
+
+    kept: a sampler of an earlier call, which is used where it fits, and makes room for this call's.
 
     Raises:
         ValueError: a field out of its range, said with the fix; or logits that are not numbers.
     """
     plans = plan_rows(request, model.shape.mask_id)
-    sampler, count = Sampler(model, request.num_samples, request.length), 0
-    sampler.add_all(plans)
     _check_proposals(request)
-    fed, log_probs = sampler.fed[:-1, :-1], sampler.log_probs[:-1, :-1]
+    kept = [] if kept is None else kept
+    sampler = kept.pop() if kept else None  # another thread that samples meanwhile makes its own
+    if sampler is None or request.propose != 1 or not sampler.serves(request):
+        sampler = Sampler(model, request.num_samples, request.length)
+    made, (shapes, seconds), count = sampler.decoder.passes, sampler.decoder.recording, 0
+    taken = sampler.add_all(plans)
+    fed, log_probs = (x[: len(taken), : request.length] for x in (sampler.fed, sampler.log_probs))
     if request.propose != 1:
         ended = None if request.stop_id is None else sampler.ended
         rows = fed, sampler.order[:-1, :-1], log_probs
@@ -298,13 +317,18 @@ def sample_rows(model: EsoLM, request: SampleRequest, watch: Watch | None = None
             watch(count, *filled[:3])
             count += 1
     if request.propose == 1:
-        count = sampler.decoder.passes
+        count = sampler.decoder.passes - made
     if not bool(log_probs.isfinite().all()):
         raise ValueError("the model's logits are not finite numbers: check its weights, or load it in a wider dtype")
     order_BL = torch.from_numpy(np.stack([plan.order for plan in plans])).to(sampler.order.device)
     ks: list[Any] = of_one_length([plan.ks for plan in plans]) if request.own_schedules else plans[0].ks
-    saved = torch.from_numpy(sampler.saved)
-    return Samples(_by_position(fed, order_BL), _by_position(log_probs, order_BL), order_BL, ks, count, saved)
+    saved, more = torch.from_numpy(sampler.saved[: len(taken)].copy()), sampler.decoder.recording
+    tokens, log_probs = _by_position(fed, order_BL), _by_position(log_probs, order_BL)
+    for row in reversed(taken):  # the next call's rows are 0, 1, ... again
+        sampler.release(row)
+    if request.propose == 1 and sampler.lasting:
+        kept[:] = [sampler]
+    return Samples(tokens, log_probs, order_BL, ks, count, saved, (more[0] - shapes, more[1] - seconds))
 
 
 def of_one_length(schedules: list[list[int]]) -> list[list[int]]:

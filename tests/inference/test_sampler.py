@@ -18,7 +18,7 @@ from esolm_megatron.inference.decoding import cuda_graphs
 from esolm_megatron.inference.decoding.decoder import decode
 from esolm_megatron.inference.decoding.draw import Draw, _first_above, draw_tokens
 from esolm_megatron.inference.decoding.scheduler import binomial_schedule, draw_orders, uniform_schedule
-from esolm_megatron.inference.sampler import schedule_log_likelihood, schedule_log_probs
+from esolm_megatron.inference.sampler import Sampler, schedule_log_likelihood, schedule_log_probs
 from esolm_megatron.model.attention import PackedAttention, PackedLayout
 from esolm_megatron.model.cache import KVCache
 from esolm_megatron.model.pretrained import save_model
@@ -441,6 +441,43 @@ def test_seeds_and_batches():
         assert part.ks == whole.ks
         assert torch.equal(part[0], whole[0][first : first + count])
         close(part[1], whole[1][first : first + count])
+
+
+@pytest.mark.parametrize("fixed_shapes", [False, True])
+def test_a_sampler_is_kept_over_parts_and_calls(monkeypatch, fixed_shapes):
+    """As on GPUs, whose recorded passes it holds: the same samples, and a new one only where the old does not fit."""
+    made, begin = [], Sampler.__init__
+
+    def counted(self, model, num_rows, num_places):
+        made.append((num_rows, num_places))
+        begin(self, model, num_rows, num_places, fixed_shapes=fixed_shapes, late=3)
+
+    calls = [(5, 13, 2, {}), (2, 13, None, {"stop_id": 3}), (2, 9, None, {"schedule": "first_hitting"}), (1, 13, None, {}),
+             (3, 13, None, {}), (3, 13, None, {"schedule": "first_hitting", "propose": 2})]  # fmt: skip
+    asked = []
+
+    def watch(count, rows, positions, tokens):
+        asked.append((rows.tolist(), positions.tolist(), tokens.tolist()))
+
+    network, results = random_model(), {}
+    for lasting in (False, True):
+        monkeypatch.setattr(Sampler, "lasting", property(lambda self, lasting=lasting: lasting))
+        monkeypatch.setattr(Sampler, "__init__", counted)
+        made.clear()
+        asked.clear()
+        model = PretrainedEsoLM(network, 0.5)
+        found = [
+            model.sample(n, length, 4, batch_size=size, watch=watch, seed=7, **more) for n, length, size, more in calls
+        ]
+        results[lasting] = found, list(made), list(asked)
+    (fresh, many, told), (again, few, told_again) = results[False], results[True]
+    assert many == [(2, 13), (2, 13), (1, 13), (2, 13), (2, 9), (1, 13), (3, 13), (3, 13)]
+    assert few == [(2, 13), (3, 13), (3, 13)]
+    assert told == told_again
+    for a, b in zip(fresh, again, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip((a[0], a.order, a.saved), (b[0], b.order, b.saved), strict=True))
+        close(a[1], b[1])
+        assert (a.ks, a.num_forward_passes) == (b.ks, b.num_forward_passes)
 
 
 def test_samples_is_a_pair_that_copies():
