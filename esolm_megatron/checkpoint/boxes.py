@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-KINDS = ("weight", "exp_avg", "exp_avg_sq", "momentum_buffer", "ema")
+KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema", "momentum_buffer")
 
 
 class CheckpointError(OSError):

@@ -137,4 +137,4 @@ def test_a_step_of_the_optimizer_has_as_many_passes_for_any_number_of_layers():
     for layers in (2, 6):
         config = make_config(MODERN | {"num_layers": layers}, train={"precision": "bf16"})
         counts[layers] = run_ranks(operators_of_a_step, 2, config)[0][1][1]
-    assert counts[2] == counts[6] <= 80, counts
+    assert counts[2] == counts[6] <= 90, counts  # of which 24 for the bucket that is reduced during backward

@@ -49,6 +49,7 @@ def train(config, kinds, poisoned_data_rank):
             good += 1
             norms.append(result.grad_norm)
     pieces = {(p.kind, p.name, p.offset): p.tensor.clone() for p in engine.pieces()}
+    engine.settle()
     parameters = [o.parameter.detach().float() for o in engine.owned]
     return norms, refused, pieces, parameters, engine.state.num_steps
 
