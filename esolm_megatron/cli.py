@@ -90,6 +90,9 @@ def parser() -> argparse.ArgumentParser:
         fields(made, ", ".join(kind.model_fields))
         if name == "sample":
             made.add_argument("--watch", action="store_true", help="draw the texts in the terminal as they are written")
+            made.add_argument(
+                "--processes", type=int, metavar="N", help="cut the model over N processes of this machine"
+            )
             made.add_argument("--html", metavar="PAGE", help="write a page that plays how they were written")
     made = verb("doctor", run.run_doctor, "what this machine has, and what each missing part costs")
     made.add_argument(

@@ -6,6 +6,7 @@ Each verb imports what it needs when it runs, so that planning and help start at
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -26,8 +27,8 @@ class Placed(Section):
     dtype: Literal["fp64", "fp32", "bf16", "fp16"] = "fp32"
     """Type of the weights."""
 
-    def load(self, folder: str) -> Any:
-        """The model in `folder`.
+    def load(self, folder: str, *, split: bool = False) -> Any:
+        """The model in `folder`. split: cut over the processes of this start, if there are several.
 
         Raises:
             ConfigError: there is no such device.
@@ -38,11 +39,22 @@ class Placed(Section):
 
         kinds = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         count = torch.cuda.device_count()
-        device = torch.device(("cuda" if count else "cpu") if self.device == "auto" else self.device)
+        several, place = split and int(os.environ.get("WORLD_SIZE", 1)) > 1, self.device
+        if place == "auto":
+            place = "cuda" if count else "cpu"
+        if several and place == "cuda":
+            place = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        device = torch.device(place)
         if device.type == "cuda" and (device.index or 0) >= count:
             raise ConfigError(
                 f"device = {self.device!r}: torch sees {count} GPUs here; use device=cpu, or see esolm doctor"
             )
+        if several:
+            from esolm_megatron.inference.tensor_parallel import load_split
+
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            return load_split(folder, kinds[self.dtype], device)
         return load_pretrained(folder, kinds[self.dtype], device)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 import time
@@ -106,13 +107,19 @@ def run_serve(args: argparse.Namespace) -> int:
 
 def run_sample(args: argparse.Namespace) -> int:
     """Texts from a converted model."""
+    if (args.processes or 1) > 1 and "RANK" not in os.environ:
+        from esolm_megatron.launch import run_local
+
+        words = [*args.overrides, *(["--json"] if args.json else []), *(["--watch"] if args.watch else [])]
+        words += [f"--html={args.html}"] if args.html else []
+        return run_local([sys.executable, "-m", "esolm_megatron", "sample", args.path, *words], args.processes)
     import torch
 
     from esolm_megatron.inference import parse_infill
     from esolm_megatron.inference.animation import Animation
 
     chosen = options(SampleOptions, args.overrides)
-    model = chosen.load(args.path)
+    model, shows = chosen.load(args.path, split=True), int(os.environ.get("RANK", 0)) == 0
     length, prompt, positions = chosen.length or model.config.seq_length, None, None
     if chosen.infill is not None and chosen.prompt is not None:
         raise ConfigError("prompt and infill: give one of them; infill may start with text")
@@ -126,13 +133,13 @@ def run_sample(args: argparse.Namespace) -> int:
     trained = model.config.seq_length
     animation: Any = None
     shown: Any = nullcontext()
-    if length > trained:
+    if length > trained and shows:
         said = f"warning: length = {length}: positions from {trained} on were never trained, and what stands there may be worthless"
         Terminal(stderr=True, soft_wrap=True).print(said, highlight=False)
-    if args.watch or args.html:
+    if (args.watch or args.html) and shows:
         animation = Animation(chosen.num_samples, length, model.tokenizer.decode, dict(zip(where, given, strict=True)))
         shown = animation.live(chosen.seconds_per_pass) if args.watch else shown
-    elif length > trained:  # it may take minutes
+    elif length > trained and shows:  # it may take minutes
         shown = animation = Filling(chosen.num_samples * (length - len(given)))
     with shown:
         fields = chosen.sampling()
@@ -152,6 +159,8 @@ def run_sample(args: argparse.Namespace) -> int:
             **fields,
         )
     seconds = time.monotonic() - begun
+    if not shows:
+        return 0
     if args.html and isinstance(animation, Animation):
         animation.write_html(Path(args.html), f"{chosen.num_samples} samples of {Path(args.path).name}")
     made = samples[0].numel() - len(samples[0]) * len(given) - int(samples.saved.sum())

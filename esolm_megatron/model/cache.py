@@ -117,8 +117,18 @@ class KVCache:
     queries: Queries
     looked_at: tuple[Tensor, Queries]
 
-    def __init__(self, config: ModelConfig, num_rows: int, num_slots: int, dtype: torch.dtype, device: torch.device):
-        shape = (config.num_layers, num_rows, config.kv_heads, num_slots, config.head_dim)
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_rows: int,
+        num_slots: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        tensor_size: int = 1,
+    ):
+        """tensor_size: processes that share the heads."""
+        shape = (config.num_layers, num_rows, config.kv_heads // tensor_size, num_slots, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)  # zeros, because 0 * NaN of unwritten memory is NaN
         self.values = torch.zeros_like(self.keys)
         self.rows = self.slots = torch.empty(0, dtype=torch.int64)

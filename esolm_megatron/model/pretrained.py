@@ -33,8 +33,8 @@ from esolm_megatron.checkpoint.tensorfile import (
     write_tensors,
 )
 from esolm_megatron.config import ModelConfig
-from esolm_megatron.model.layers import PlainLinears
-from esolm_megatron.model.transformer import EsoLM
+from esolm_megatron.model.layers import PlainLinears, boxes, split_of
+from esolm_megatron.model.transformer import EsoLM, place_box
 
 Progress = Callable[[str, int, int], None]
 """(tensor, its number from 1, number of tensors)."""
@@ -360,18 +360,28 @@ def open_tensors(folder: str | Path) -> tuple[PretrainedInfo, TensorFolder]:
     return info, found
 
 
-def load_model(folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> EsoLM:
-    """The network of an inference folder on one device, in evaluation mode.
+def load_model(
+    folder: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    network: type[EsoLM] = EsoLM,
+    linears: PlainLinears | None = None,
+) -> EsoLM:
+    """The network of an inference folder on one device, in evaluation mode; or a rank's part of it, as its `linears` cut it.
 
     Raises:
         PretrainedError: the folder is not whole, or its tensors are not exactly those of the network it describes.
     """
     info, tensors = open_tensors(folder)
-    model = EsoLM(info.model, PlainLinears(dtype, device))
+    linears = PlainLinears(dtype, device) if linears is None else linears
+    model = network(info.model, linears)
     try:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                parameter.copy_(tensors.read(name))
+                whole, split = tensors.read(name), split_of(parameter)
+                for box in boxes(tuple(parameter.shape), split, linears.tensor_rank, linears.tensor_size):
+                    place_box(parameter, box, whole)
     except TensorFolderError as error:
         raise PretrainedError(str(error)) from error
     return model.eval()

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from esolm_megatron.config import ModelConfig
 from esolm_megatron.model.between import EAGER, Between, compiled
-from esolm_megatron.model.layers import Linears, Mlp, Norm, VocabHead, boxes, split_of, whole_shape
+from esolm_megatron.model.layers import Box, Linears, Mlp, Norm, VocabHead, boxes, split_of, whole_shape
 from esolm_megatron.model.rotary import rotary_tables
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -283,7 +283,12 @@ def initialise(model: EsoLM, seed: int, width_ratio: float = 1.0) -> None:
         shape = tuple(parameter.shape)
         whole = torch.randn(whole_shape(shape, split, linears.tensor_size), generator=generator) * std
         for box in boxes(shape, split, linears.tensor_rank, linears.tensor_size):
-            parameter[_slices(box.local, box.shape)] = whole[_slices(box.whole, box.shape)].to(parameter)
+            place_box(parameter, box, whole)
+
+
+def place_box(parameter: Tensor, box: Box, whole: Tensor) -> None:
+    """Copy a box of a whole tensor to where a rank has it."""
+    parameter[_slices(box.local, box.shape)] = whole[_slices(box.whole, box.shape)].to(parameter)
 
 
 def _slices(start: tuple[int, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:

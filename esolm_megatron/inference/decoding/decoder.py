@@ -57,7 +57,8 @@ class Decoder:
     def cache(self) -> KVCache:
         """Memory for all rows, taken when it is first needed."""
         num_rows, length = (n - 1 for n in self.fed.shape)
-        return KVCache(self.model.shape, num_rows, length + 1, self.model.embedding.weight.dtype, self.fed.device)
+        dtype, size = self.model.embedding.weight.dtype, self.model.linears.tensor_size
+        return KVCache(self.model.shape, num_rows, length + 1, dtype, self.fed.device, tensor_size=size)
 
     @cached_property
     def recorded(self) -> RecordedPasses:
