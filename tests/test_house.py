@@ -25,7 +25,7 @@ CODE_LINES = {
     ),
     "data": (3250, "data"),
     "inference": (2250, "inference huggingface evaluate sample score"),
-    "what starts and watches runs": (2700, "launch plan doctor commands cli __init__ __main__"),
+    "what starts and watches runs": (2800, "launch plan doctor commands cli __init__ __main__"),
 }
 """Most lines of code in each part, and the part's files and folders."""
 

@@ -20,6 +20,7 @@ from esolm_megatron.config import ModelConfig, ObjectiveConfig
 from esolm_megatron.inference.decoding.decoder import decode
 from esolm_megatron.inference.decoding.scheduler import binomial_schedule
 from esolm_megatron.inference.decoding.scheduler import draw_orders as sampling_orders
+from esolm_megatron.model.layers import PlainLinears
 from esolm_megatron.objective.esolm import draw_diffusion, draw_sequential, pack
 
 mpl.use("Agg")
@@ -95,7 +96,8 @@ def sampled() -> dict:
         passes.append({"slots": slot.tolist(), "masks": is_mask.int().tolist(), "sees": sees.int().tolist()})
         return torch.zeros(len(last.fed), LENGTH + 1)
 
-    model = Network(shape=shape, embedding=SimpleNamespace(weight=torch.zeros(1)), answer=network)
+    weights = SimpleNamespace(weight=torch.zeros(1))
+    model = Network(shape=shape, embedding=weights, linears=PlainLinears(), answer=network)
     fed = torch.full((1, LENGTH), MASK)
     answers = torch.from_numpy(order)
     decode(model, fed, answers, steps, lambda logits, rows, places: answers[rows, places])
