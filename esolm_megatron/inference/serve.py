@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakSet
 
+import numpy as np
 import torch
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -90,16 +91,30 @@ class Job:
     text: Transcript
     news: asyncio.Queue[dict[str, Any]]
     loop: asyncio.AbstractEventLoop
+    follows: bool = True
+    """Whether somebody reads along: else only the end is told."""
     given_up: bool = False
     heard: float = field(default_factory=time.monotonic)
     """When it was asked for, or its last tokens came."""
 
     def tell(self, **event: Any) -> None:
         """Put news into the request's queue, from the model's thread."""
-        try:
-            self.loop.call_soon_threadsafe(self.news.put_nowait, {"index": self.index, **event})
-        except RuntimeError:  # the loop is closed: nobody is left to hear it
-            self.given_up = True
+        _tell([(self, event)])
+
+
+def _tell(news: list[tuple[Job, dict[str, Any]]]) -> None:
+    """Put news of jobs of one event loop into their requests' queues, from the model's thread: the loop is woken once."""
+
+    def put() -> None:
+        for job, event in news:
+            job.news.put_nowait({"index": job.index, **event})
+
+    try:
+        if news:
+            news[0][0].loop.call_soon_threadsafe(put)
+    except RuntimeError:  # the loop is closed: nobody is left to hear it
+        for job, _ in news:
+            job.given_up = True
 
 
 class Refused(Exception):
@@ -208,13 +223,16 @@ class Worker:
 
     def _step(self, sampler: Sampler) -> None:
         done = [row for row in self.at_work if not sampler.at_work(row)]  # those with nothing to fill
+        news: list[tuple[Job, dict[str, Any]]] = []
         filled = sampler.step()
         self.passes = sampler.decoder.passes
         if filled is not None:
-            for row in set(filled.rows.tolist()):
-                mine = filled.rows == row
-                self.at_work[row].tell(positions=filled.positions[mine].tolist(), tokens=filled.tokens[mine].tolist())
-                self.meters.passed(self.at_work[row], int(mine.sum()))
+            for row in np.unique(filled.rows).tolist():
+                mine, job = filled.rows == row, self.at_work[row]
+                if job.follows:
+                    made = {"positions": filled.positions[mine].tolist(), "tokens": filled.tokens[mine].tolist()}
+                    news.append((job, made))
+                self.meters.passed(job, int(mine.sum()))
             done += filled.done
         for row in done:
             tokens, log_probs = sampler.result(row)
@@ -224,7 +242,8 @@ class Worker:
             sampler.release(row)
             with self.changed:
                 job = self.at_work.pop(row)
-            job.tell(**({"done": facts} if finite else {"error": "the model's logits are not finite numbers"}))
+            news.append((job, {"done": facts} if finite else {"error": "the model's logits are not finite numbers"}))
+        _tell(news)
 
 
 def plans_of(model: PretrainedEsoLM, limits: Limits, asked: Completion) -> list[RowPlan]:
@@ -310,7 +329,10 @@ def build(model: PretrainedEsoLM, limits: Limits = Limits(), name: str = "esolm"
         try:
             plans = await asyncio.to_thread(plans_of, model, limits, asked)
             loop = asyncio.get_running_loop()
-            jobs = [Job(i, plan, Transcript(model.tokenizer, plan, asked), news, loop) for i, plan in enumerate(plans)]
+            jobs = [
+                Job(i, plan, Transcript(model.tokenizer, plan, asked), news, loop, asked.stream)
+                for i, plan in enumerate(plans)
+            ]
             worker.submit(jobs)
         except Refused as error:
             return refusal(error.status, str(error))

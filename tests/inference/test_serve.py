@@ -18,6 +18,7 @@ from parity import random_model
 
 from esolm_megatron import load_pretrained
 from esolm_megatron.data.tokenizer import load_tokenizer
+from esolm_megatron.inference import serve
 from esolm_megatron.inference.serve import Limits, build
 from esolm_megatron.model.pretrained import save_model
 
@@ -357,3 +358,33 @@ def test_the_verb_serves_on_loopback_and_ends_on_a_signal(folder):
         process.kill()
     assert f"http://127.0.0.1:{port}" in said
     assert "Traceback" not in said
+
+
+def test_the_loop_is_woken_once_a_pass_and_not_at_all_for_texts_that_nobody_reads_along(model, monkeypatch):
+    """Six whole texts at once: news of ends only. Six streamed ones: no more wakings than passes and requests."""
+    running = Running(model, replace(LIMITS, rows=6, queue=6))
+    try:
+        seen, tell = [], serve._tell
+
+        def counted(news):
+            if news:
+                seen.append([event for _, event in news])
+            tell(news)
+
+        monkeypatch.setattr(serve, "_tell", counted)
+        passes = running.worker.passes
+        ask(running, prompt="ab", max_tokens=20, steps=6, n=6, stop=False)
+        assert all(set(event) == {"done"} for events in seen for event in events)
+        assert sum(map(len, seen)) == 6
+        seen.clear()
+        passes = running.worker.passes
+        ask(running, prompt="ab", max_tokens=20, steps=6, n=6, stop=False, seed=1)
+        with running.client.stream(
+            "POST", "/v1/completions", json={"max_tokens": 20, "n": 6, "stream": True, "steps": 6}
+        ) as answer:
+            text = "".join(answer.iter_text())
+        assert text.endswith("data: [DONE]\n\n")
+        assert len(seen) <= running.worker.passes - passes
+        assert sum("tokens" in event for events in seen for event in events) > len(seen)
+    finally:
+        running.stop()
