@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from truth import MODERN, make_config, plain_loss, plain_model, share_of_step
 
-from esolm_megatron.inference import SampleRequest, sample
+from esolm_megatron.inference import PretrainedEsoLM, SampleRequest, sample
 from esolm_megatron.inference.decoding.cuda_graphs import RECORD_AT
 from esolm_megatron.inference.decoding.decoder import Decoder
 from esolm_megatron.inference.decoding.scheduler import plan_rows
@@ -153,6 +153,17 @@ def test_a_gpus_samples_are_those_of_a_cpu():
         torch.testing.assert_close(ours[1].cpu()[same], theirs[1][same], rtol=1e-3, atol=1e-3)
 
 
+def test_what_was_recorded_is_kept_for_the_next_call():
+    config = make_config(WIDE)
+    network = EsoLM(config.model, PlainLinears(torch.float32, "cuda"))
+    network.load_state_dict(plain_model(config).state_dict())
+    model = PretrainedEsoLM(network, 0.5)
+    first, again = (model.sample(4, 64, 8, seed=3, batch_size=2) for _ in range(2))
+    assert first.recorded[0] > 0
+    assert again.recorded[0] == 0
+    assert torch.equal(first[0], again[0])
+
+
 def test_rows_are_stopped_some_passes_late():
     config = make_config(WIDE)
     model = EsoLM(config.model, PlainLinears(torch.float32, "cuda"))
@@ -163,6 +174,44 @@ def test_rows_are_stopped_some_passes_late():
     for row, saved, full in zip(ours[0].tolist(), ours.saved.tolist(), whole[0].tolist(), strict=True):
         assert row == full[: 96 - saved] + [3] * saved
         assert 3 not in full[: 95 - saved]
+
+
+def test_inputs_of_blocks_wait_in_host_memory():
+    config = make_config(WIDE | {"dropout": 0.1})
+    batch, found = share_of_step(config, 0, num_micro_batches=1).micro_batches[0].to(torch.device("cuda")), []
+    for offload in (False, True):
+        model = EsoLM(config.model, PlainLinears(torch.float32, "cuda"), recompute="full", offload=offload)
+        model.load_state_dict(plain_model(config).state_dict())
+        losses = model(
+            batch.tokens, batch.positions, batch.attend, targets=batch.targets, places=batch.places,
+            dropout_ids=batch.dropout_ids,
+        )  # fmt: skip
+        losses.sum().backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], rtol=1e-4, atol=1e-5)
+
+
+def test_muon_on_a_gpu_is_that_of_a_cpu():
+    """Newton-Schulz in fp32: the matrices that a step adds."""
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((96, 64), (64, 96)):
+        matrix = torch.randn(shape, generator=generator)
+        orthogonal = pytest.importorskip("esolm_megatron.parallel.muon").orthogonal
+        torch.testing.assert_close(orthogonal(matrix.cuda()).cpu(), orthogonal(matrix), rtol=2e-2, atol=2e-3)
+        rounded = orthogonal(matrix.cuda().bfloat16()).float().cpu()
+        assert (rounded - orthogonal(matrix)).norm() < 0.05 * rounded.norm()
+
+
+def test_steps_of_muon_lower_the_loss():
+    pytest.importorskip("megatron.core")
+    from esolm_megatron.parallel.engine import Engine
+
+    config = make_config(WIDE, train={"device": "cuda", "precision": "bf16"}, optim={"name": "muon", "lr": 1e-3})
+    engine, noised = Engine(config), share_of_step(config, 0)
+    losses = [engine.train_step(noised, 1e-3).loss for _ in range(8)]
+    engine.close()
+    assert losses[-1] < losses[0] - 0.1
 
 
 @pytest.mark.parametrize(("precision", "cuda_graphs"), [("fp32", None), ("bf16", False), ("bf16", True)])

@@ -64,6 +64,10 @@ def test_every_part_leaves_results(whole):
     assert {(row["alpha_0"], row["kind"]) for row in step} == {
         (alpha_0, kind) for alpha_0 in (1.0, 0.25) for kind in ("ours", "reference", "ar")
     }
+    served = [row for row in sample if "what" in row]
+    assert [row["what"] for row in served] == ["served whole", "served streamed", "offline"]
+    assert all(row["share"] > 0 for row in served)
+    sample = [row for row in sample if row not in served]
     assert {(row["batch"], row["steps"]) for row in sample} == {(1, "8"), (1, "one"), (4, "8"), (4, "one")}
     assert all(row["ms_per_pass"] > 0 for row in sample)
     assert len(profile) == 4
@@ -101,7 +105,7 @@ def test_parts_that_are_cut_or_die_leave_what_they_had_and_the_next_ones_run(who
     assert 1 < tests["seconds"] < 60
     assert train["error"].startswith("train was killed by signal 9")
     assert [row["stage"] for row in train["results"]] == ["corpus", "tokenizer", "prepare", "train"]
-    assert len(sample["results"]) == 14
+    assert len(sample["results"]) == 14 + 3
 
 
 def test_the_budgets_fit_a_lease():

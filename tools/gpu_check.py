@@ -32,6 +32,7 @@ import tomllib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -230,7 +231,13 @@ def sample(ask: Ask) -> list[Job]:
     if ask.tiny:
         cells = ["--shape", "tiny", "--batch", "1", "4", "--length", "32", "--steps", "8", "one"]
     words = ["--dtype", ask.rough, *cells, *begun_within(ask, "sample")]
-    return [benchmark(ask, "sample", "benchmark_sample", *words)]
+    jobs = [benchmark(ask, "sample", "benchmark_sample", *words)]
+    if all(find_spec(package) for package in ("fastapi", "uvicorn", "prometheus_client")):  # the extra `serve`
+        size = ["--shape", "tiny", "--length", "32", "--steps", "8", "--clients", "4", "--repeats", "1"]
+        size = size if ask.tiny else ["--shape", "124m", "--length", "512", "--steps", "64"]
+        words = ["--dtype", ask.rough, *size, *["--bar", "0.8"] * ask.bars]
+        jobs.append(benchmark(ask, "serve", "benchmark_serve", *words))
+    return jobs
 
 
 def profile(ask: Ask) -> list[Job]:
@@ -412,6 +419,9 @@ COLUMNS: dict[str, list[str]] = {
         "ms_per_pass",
         "tokens_per_s",
         "times_ours",
+        "what",
+        "tokens/s",
+        "share",
     ],
 }
 
