@@ -26,6 +26,8 @@ class Placed(Section):
     """auto takes a GPU where there is one."""
     dtype: Literal["fp64", "fp32", "bf16", "fp16"] = "fp32"
     """Type of the weights."""
+    weights: Literal["full", "int8"] = "full"
+    """int8 holds the matrices of blocks in 8 bits: less memory, and less to read where few texts are written."""
 
     def load(self, folder: str, *, split: bool = False) -> Any:
         """The model in `folder`. split: cut over the processes of this start, if there are several.
@@ -54,8 +56,10 @@ class Placed(Section):
 
             if device.type == "cuda":
                 torch.cuda.set_device(device)
+            if self.weights != "full":
+                raise ConfigError(f"weights = {self.weights}: of one process only; leave it out, or --processes")
             return load_split(folder, kinds[self.dtype], device)
-        return load_pretrained(folder, kinds[self.dtype], device)
+        return load_pretrained(folder, kinds[self.dtype], device, weights=self.weights)
 
 
 def options(kind: type[Options], overrides: Sequence[str]) -> Options:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from esolm_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from esolm_megatron.inference.request import SampleRequest
 from esolm_megatron.inference.sampler import Sampler, Samples, Watch, of_one_length, sample_rows
 from esolm_megatron.model import flash
+from esolm_megatron.model.int8 import with_int8_weights
 from esolm_megatron.model.pretrained import load_model, read_config
 from esolm_megatron.model.transformer import EsoLM
 from esolm_megatron.objective.likelihood import log_likelihood
@@ -124,9 +125,15 @@ def _shifted(watch: Watch, first: int) -> Watch:
 
 
 def load_pretrained(
-    folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    folder: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    weights: Literal["full", "int8"] = "full",
 ) -> PretrainedEsoLM:
     """The model that `esolm convert` wrote to `folder`, ready to score and sample.
+
+    weights: int8 holds the matrices of blocks in 8 bits, which take no gradients (model/int8.py).
 
     Raises:
         ValueError: the folder holds no such model, or a damaged one.
@@ -134,6 +141,7 @@ def load_pretrained(
     """
     info = read_config(folder)
     model = load_model(folder, dtype, device)
+    model = with_int8_weights(model) if weights == "int8" else model
     flash.choose(torch.device(device))  # what scores texts are the kernels of training
     return PretrainedEsoLM(model, info.alpha_0, Path(folder), cross_document=info.cross_document)
 

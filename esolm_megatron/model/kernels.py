@@ -52,6 +52,18 @@ def cached_attention(like: Tensor) -> Callable[..., Tensor] | None:
     return attend
 
 
+def int8_rows(x: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """A product of few rows with a matrix of 8 bits and its scales, for rows like x; None: widen the matrix."""
+    if on_gpu(x) and x.dtype != torch.float64:
+        try:
+            from esolm_megatron.model.int8_triton import few_rows
+        except ImportError:
+            return None
+        return few_rows
+    packed = not on_gpu(x) and x.dtype == torch.bfloat16 and len(x) <= 4 and x.shape[1] % 16 == 0
+    return aten._weight_int8pack_mm if packed else None
+
+
 class Chunk(NamedTuple):
     """Some rows of logits, between the products of the loss.
 
