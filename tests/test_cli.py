@@ -157,7 +157,7 @@ def test_plan_and_doctor(capsys):
         (["train", "{run}", "optim.lr=0.5", "--processes", "4"], 2, "optim.lr: was 0.01, now 0.5"),
         (["eval", "{top}/model"], 2, "data: Field required"),
         (["eval", "{top}/small", "data={top}/tokens"], 2, "config.json"),
-        (["sample", "{top}/model", "top_q=0.5"], 2, "known here: device, dtype, num_samples"),
+        (["sample", "{top}/model", "top_q=0.5"], 2, "known here: device, dtype, weights, num_samples"),
         (["sample", "{top}/model", "prompt=a", "infill=b[[2]]"], 2, "give one of them"),
         (["sample", "{top}/model", "length=2", "prompt=import os.path as something"], 2, "length"),
         (["convert", "{top}/small", "{top}/model"], 2, "model"),
