@@ -1,0 +1,47 @@
+"""The study at its smallest: every part leaves what it found, a killed one goes on, and estimators bound what they should."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+COMMAND = [sys.executable, str(ROOT / "tools" / "study.py")]
+
+
+@pytest.mark.end_to_end
+def test_a_killed_study_goes_on_and_every_part_is_there(tmp_path):
+    folder = tmp_path / "study"
+    words = [*COMMAND, str(folder), "--scale", "tiny", "--device", "cpu"]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = folder / "table-AR-0.json"
+    while process.poll() is None and not first.exists():
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (folder / "results.json").exists()
+    made = first.stat().st_mtime_ns
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert first.stat().st_mtime_ns == made, "what is there is not made again"
+    found = json.loads((folder / "results.json").read_text())
+    assert list(found["table"]) == ["AR", "Eso-LM 0.125", "Eso-LM 0.25", "Eso-LM 0.5", "Eso-LM 1", "MDLM"]
+    assert all(len(seeds) == 2 and all(2 < x["nelbo"] < 7 for x in seeds) for seeds in found["table"].values())
+    assert all(x["nelbo"] == pytest.approx(x["any_order"]) for x in found["table"]["AR"]), "exact"
+    for alpha_0, toy in found["toy"].items():
+        weighted = [toy[f"importance_weighted, K = {k}"] for k in (100, 10, 1)]
+        assert toy["exact"] < weighted[0] < weighted[1] < weighted[2], alpha_0
+        assert weighted[2] == pytest.approx(toy["any_order"], abs=0.02), "one order is any_order, on average"
+    assert set(found["gradients"]) == {"elbo", "low_var", "any_order", "any_order_bounds"}
+    assert {x["kind"] for x in found["pareto"]} == {"AR", "Eso-LM 0.25", "Eso-LM 1", "MDLM"}
+    assert {x["length"] for x in found["latency"]} == {16, 32, 64, 128}
+    assert (folder / "results.png").stat().st_size > 10_000
+    text = (folder / "results.md").read_text()
+    assert text in done.stdout
+    assert text.count("\n|") > 30
+    other = subprocess.run([*words[:3], "--scale", "small"], capture_output=True, text=True, check=False)
+    assert "holds a study of another scale" in other.stderr
+    assert other.returncode == 1
