@@ -252,13 +252,17 @@ def _stage_plan(config: Config, grid: Topology, stage: int, num_micro_batches: i
     sharers = grid.data_size * grid.context_size
     gradients, optimizer = (-(-parameters // sharers) if p.zero_stage >= cut else parameters for cut in (2, 1))
     weights = -(-parameters // sharers) if p.zero_stage == 3 else parameters
+    states = optimizer * (4 if config.optim.ema_decay else 3)
+    if config.optim.name == "muon":  # one moment of blocks, where AdamW has two; their few vectors are counted with them
+        blocks = stage_parameters(m, count, first=False, last=False, tensor_size=p.tensor_size)
+        states -= round(optimizer * blocks / parameters)
     return StagePlan(
         stage=stage,
         layers=tuple((x.start, x.stop) for x in layers),
         parameters=parameters,
         weights=0 if p.offload_parameters else weights * working,
         gradients=gradients * FP32,
-        optimizer=0 if p.offload_optimizer else optimizer * FP32 * (4 if config.optim.ema_decay else 3),
+        optimizer=0 if p.offload_optimizer else states * FP32,
         buckets=2 * min(p.reduce_bucket_elements, parameters) * FP32 if sharers > 1 else 0,
         activations=_activation_bytes(config, count, first, in_flight, working),
         logits=_logits_bytes(config) if last else 0,
@@ -282,6 +286,8 @@ def _activation_bytes(config: Config, num_layers: int, first: bool, in_flight: f
     p = config.parallel
     kept = channels_per_token(config.model, p.recompute, p.tensor_size, p.sequence_parallel)
     per_token = num_layers * kept * in_flight
+    if p.offload_activations:  # of the blocks' inputs, that of the one at work and that on its way to the host are here
+        per_token = min(per_token, 2 * kept)
     if p.recompute == "full":  # the block that is being computed again keeps everything for a moment
         per_token += channels_per_token(config.model, "none", p.tensor_size, p.sequence_parallel)
     elif p.recompute == "selective":

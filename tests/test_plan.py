@@ -14,6 +14,8 @@ from esolm_megatron.config import ConfigError, load, world_problems
 from esolm_megatron.model.size import flops_per_step, num_parameters
 from esolm_megatron.plan import DEVICES, GIB, channels_per_token, micro_batches_in_flight, packed_tokens, plan
 
+ROOT = Path(__file__).parent.parent
+
 CONFIGS = Path(__file__).parent.parent / "configs"
 RUNS = sorted(p for p in CONFIGS.rglob("*.yaml") if p.parent.name != "data" and not p.stem.endswith("_base"))
 TINY = CONFIGS / "debug/tiny.yaml"
@@ -261,3 +263,38 @@ def test_planning_does_not_import_torch():
         "import sys, esolm_megatron.plan, esolm_megatron.doctor, esolm_megatron.cli; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def long_rows():
+    """The table of long rows in docs/performance.md: (configuration, length, CP, offload, GiB, tokens/s of 8 GPUs)."""
+    text = (ROOT / "docs" / "performance.md").read_text()
+    return re.findall(r"^\| (1\.7B|7B) \| ([\d,]+) \| (\d+) \| (yes|no) \| ([\d.]+) \| (\d+) \|$", text, re.MULTILINE)
+
+
+def planned_long_row(name, length, context, offload):
+    path = ROOT / "configs" / "scale" / {"1.7B": "1p7b.yaml", "7B": "7b.yaml"}[name]
+    words = [
+        "model.vocab_size=50258", f"model.seq_length={length}", f"parallel.context_size={context}", "parallel.recompute=full",
+        f"parallel.offload_activations={offload}", "train.micro_batch_size=2", "train.global_batch_size=64", "parallel.tensor_size=1",
+        "parallel.sequence_parallel=false", "parallel.pipeline_size=1",
+    ]  # fmt: skip
+    found = plan(load(path, words), 8, device="H200")
+    return round(found.stages[0].total / 2**30, 1), round(found.as_dict()["tokens_per_second"] / 1000)
+
+
+def test_the_table_of_long_rows_is_what_is_planned():
+    rows = long_rows()
+    assert len(rows) >= 10
+    for name, length, context, offload, gib, rate in rows:
+        planned = planned_long_row(name, length.replace(",", ""), context, str(offload == "yes").lower())
+        assert planned == (float(gib), int(rate)), (name, length, offload)
+
+
+def test_muon_has_one_moment_of_blocks():
+    def states(optimizer, ema):
+        words = ["model.vocab_size=50258", f"optim.name={optimizer}", f"optim.ema_decay={ema}", "parallel.zero_stage=1"]
+        return plan(load(ROOT / "configs" / "scale" / "1p7b.yaml", words), 8, device="H200").stages[0].optimizer
+
+    for ema in (0, 0.9):
+        fewer = states("adamw", ema) - states("muon", ema)
+        assert 0.9 < fewer / (1.7e9 * 4 / 8) < 1
