@@ -275,8 +275,8 @@ def planned_long_row(name, length, context, offload):
     path = ROOT / "configs" / "scale" / {"1.7B": "1p7b.yaml", "7B": "7b.yaml"}[name]
     words = [
         "model.vocab_size=50258", f"model.seq_length={length}", f"parallel.context_size={context}", "parallel.recompute=full",
-        f"parallel.offload_activations={offload}", "train.micro_batch_size=2", "train.global_batch_size=64", "parallel.tensor_size=1",
-        "parallel.sequence_parallel=false", "parallel.pipeline_size=1",
+        f"parallel.offload_activations={offload}", "train.micro_batch_size=2", "train.global_batch_size=64",
+        "parallel.tensor_size=1", "parallel.sequence_parallel=false", "parallel.pipeline_size=1",
     ]  # fmt: skip
     found = plan(load(path, words), 8, device="H200")
     return round(found.stages[0].total / 2**30, 1), round(found.as_dict()["tokens_per_second"] / 1000)
