@@ -253,7 +253,9 @@ def _stage_plan(config: Config, grid: Topology, stage: int, num_micro_batches: i
     gradients, optimizer = (-(-parameters // sharers) if p.zero_stage >= cut else parameters for cut in (2, 1))
     weights = -(-parameters // sharers) if p.zero_stage == 3 else parameters
     states = optimizer * (4 if config.optim.ema_decay else 3)
-    if config.optim.name == "muon":  # one moment of blocks, where AdamW has two; their few vectors are counted with them
+    if (
+        config.optim.name == "muon"
+    ):  # one moment of blocks, where AdamW has two; their few vectors are counted with them
         blocks = stage_parameters(m, count, first=False, last=False, tensor_size=p.tensor_size)
         states -= round(optimizer * blocks / parameters)
     return StagePlan(

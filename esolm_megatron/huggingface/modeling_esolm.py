@@ -28,6 +28,7 @@ class EsoLMForMaskedLM(PreTrainedModel, GenerationMixin):
 
     config_class = EsoLMConfig
     base_model_prefix = ""
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: EsoLMConfig):
         super().__init__(config)
@@ -36,6 +37,8 @@ class EsoLMForMaskedLM(PreTrainedModel, GenerationMixin):
         for name, child in network.named_children():
             self.add_module(name, child)
         object.__setattr__(self, "_network", network)  # no submodule: parameters keep the names of the network
+        self.gradient_checkpointing = False
+        self._kept_samplers: list[Any] = []
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -110,6 +113,7 @@ class EsoLMForMaskedLM(PreTrainedModel, GenerationMixin):
         fields["temperature"] = fields.get("temperature", 1.0) if asked.get("do_sample") else 0.0
         fields["seed"] = int(asked["seed"]) if "seed" in asked else int(torch.randint(2**31, ()))
         model = sampling.PretrainedEsoLM(self._network, fields.pop("alpha_0", self.config.alpha_0))
+        model.kept = self._kept_samplers
         out = torch.full((len(ids) * count, ids.shape[1] + new), pad)
         out[:, : ids.shape[1]] = ids.repeat_interleave(count, 0)
         alike = defaultdict(list)  # rows whose given tokens stand at the same places are sampled together
@@ -158,6 +162,7 @@ class EsoLMForMaskedLM(PreTrainedModel, GenerationMixin):
             order = late.argsort(dim=1, stable=True)
         places = order if positions is None else positions.gather(1, order)
         attend = PackedAttention(PackedLayout(length, batch))
+        self._network.recompute_blocks = self.gradient_checkpointing and self.training
         logits = self._network(input_ids.gather(1, order).flatten(), places.flatten(), attend).view(batch, length, -1)
         logits = logits.gather(1, order.argsort(dim=1)[..., None].expand_as(logits))
         loss = None

@@ -32,7 +32,8 @@ class PretrainedEsoLM:
     def __init__(self, model: EsoLM, alpha_0: float, folder: Path | None = None, *, cross_document: bool = True):
         self.model, self.alpha_0, self.folder, self.cross_document = model, alpha_0, folder, cross_document
         self.config: ModelConfig = model.shape
-        self._kept: list[Sampler] = []
+        self.kept: list[Sampler] = []
+        """What the last call has recorded, if anything, see `sample_rows`."""
 
     @property
     def device(self) -> torch.device:
@@ -105,7 +106,7 @@ class PretrainedEsoLM:
                 self.model,
                 request.part(first, min(size, num_samples - first)),
                 watch if watch is None or first == 0 else _shifted(watch, first),
-                self._kept,
+                self.kept,
             )
             for first in (range(0, num_samples, size) if num_samples > 0 else [0])
         ]

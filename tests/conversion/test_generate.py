@@ -142,3 +142,36 @@ def test_low_rank_adapters_attach_and_learn(folder):
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 1
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_blocks_are_computed_again_in_backward_and_gradients_are_the_same(folder, adapters):
+    """transformers' gradient_checkpointing_enable, with and without LoRA: twice the blocks' forward passes, equal gradients."""
+    from esolm_megatron.huggingface import EsoLMForMaskedLM
+
+    calls = []
+    ids, labels = torch.tensor([[97, 257, 99, 257]]), torch.tensor([[-100, 98, -100, 100]])
+    found = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        whole = EsoLMForMaskedLM.from_pretrained(folder)
+        model = whole
+        if adapters:
+            peft = pytest.importorskip("peft")
+            model = peft.get_peft_model(whole, peft.LoraConfig(target_modules=["qkv", "out", "fc1", "fc2"], r=4))
+        if again:
+            model.gradient_checkpointing_enable()
+        calls.clear()
+        for block in whole.layers.values():
+            block.norm1.register_forward_hook(lambda *_: calls.append(1))
+        model.train()
+        model(input_ids=ids, labels=labels).loss.backward()
+        found.append((len(calls), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
+        calls.clear()
+        model.eval()
+        model(input_ids=ids, labels=labels).loss.backward()
+        assert len(calls) == len(whole.layers), "only in training"
+    (once, plain), (twice, same) = found
+    assert (once, twice) == (len(whole.layers), 2 * len(whole.layers))
+    assert plain.keys() == same.keys()
+    assert all(torch.equal(plain[name], same[name]) for name in plain)
