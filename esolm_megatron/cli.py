@@ -73,6 +73,8 @@ def parser() -> argparse.ArgumentParser:
     made = verb("eval", model.run_eval, "perplexity bounds of a converted model")
     made.add_argument("path", metavar="MODEL", help="folder made by esolm convert")
     fields(made, ", ".join(model.EvalOptions.model_fields))
+    made = verb("lm-eval", model.run_harness, "the lm-evaluation-harness, whose words follow, with --model esolm")
+    made.add_argument("words", nargs=argparse.REMAINDER, metavar="WORDS", help="see esolm lm-eval run --help")
     made = verb("convert", model.run_convert, "between training runs, the inference format and foreign checkpoints")
     made.add_argument("path", metavar="SOURCE", help="run folder, or what --from says; a model with --to or --check")
     made.add_argument("out", metavar="OUT", nargs="?", help="folder to write")

@@ -66,6 +66,7 @@ EXTRAS = {
     "fp8": ("torchao",),
     "data": ("datasets", "matplotlib", "pyarrow", "zstandard"),
     "hf": ("transformers",),
+    "eval": ("lm_eval",),
     "serve": ("fastapi", "prometheus_client", "uvicorn"),
     "s3": ("s3fs",),
     "slurm": ("submitit",),

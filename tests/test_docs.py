@@ -42,6 +42,9 @@ NOT_RUN = {
         ],
         "needs a GPU; tests/test_gpu_check.py runs it on a CPU",
     ),
+    "esolm lm-eval run --model esolm --model_args pretrained=runs/quickstart/model --tasks TASK --include_path FOLDER": (
+        "tests/inference/test_harness.py runs it on tasks of its own"
+    ),
     "bash tools/gpu_check.sh --device cpu --size tiny": "tests/test_gpu_check.py runs it",
     "pip install -e '.[train]'": INSTALLS,
     "pip install -e '.[train,slurm]'": INSTALLS,
@@ -62,6 +65,7 @@ NOT_RUN = {
         "needs SLURM; tests/slurm runs each kind of it",
     ),
     "pip install -e '.[serve]'": INSTALLS,
+    "pip install -e '.[eval]'": INSTALLS,
     "esolm serve runs/quickstart/model port=8000 rows=16": "runs until a signal; tests/inference/test_serve.py starts one",
     "esolm convert reference.ckpt imported --from reference num_heads=12 length=1024": (
         "needs a checkpoint of the reference; tests/conversion makes and imports one"

@@ -48,6 +48,16 @@ ids = tokenizer("Some", return_tensors="pt").input_ids
 assert model(ids).logits.shape == (1, 4, model.config.vocab)
 """
 
+TASK = """
+task: rolling
+dataset_path: json
+dataset_kwargs: {data_files: {test: lines.jsonl}}
+test_split: "test[:4]"
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: byte_perplexity}]
+"""
 LOW = "model.num_layers=3 train.precision=bf16 train.fp8=tensorwise"
 
 PROMISED = {
@@ -67,6 +77,7 @@ PROMISED = {
              f"data mix run.yaml plot=mix.png {SMALL}", "data verify tokens plot=tokens.png"],
     "fp8": [f"train run.yaml {SMALL} {LOW} name=low"],
     "hf": ["transformers"],
+    "eval": ["lm-eval run --model esolm --model_args pretrained=model,device=cpu --tasks rolling --include_path tasks"],
     "serve": ["serve"],
     "s3": ["s3"],
     "slurm": [f"launch run.yaml --on cluster.yaml --dry-run {SMALL}"],
@@ -85,6 +96,7 @@ REFUSED = {
     f"data mix run.yaml plot=mix.png {SMALL}": "data",
     "data prepare prepare.yaml output=o tokenizer=older inputs=[text.txt]": "hf",
     "serve model port=0": "serve",
+    "lm-eval ls tasks": "eval",
     BUCKET: "s3",
     f"launch run.yaml --on cluster.yaml --dry-run {SMALL}": "slurm",
 }
@@ -97,7 +109,7 @@ def test_every_extra_has_a_row_and_every_row_an_extra():
     assert set(REFUSED.values()) == set(EXTRAS)
     for extra, packages in EXTRAS.items():
         declared = {re.split(r"[\[>=<;]", line)[0] for line in PROJECT["optional-dependencies"][extra]}
-        names = {"megatron": "megatron-core", "prometheus_client": "prometheus-client"}
+        names = {"megatron": "megatron-core", "prometheus_client": "prometheus-client", "lm_eval": "lm-eval"}
         assert {names.get(package, package) for package in packages} <= declared, extra
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
     named = {
@@ -187,6 +199,8 @@ def material(tmp_path_factory):
     (folder / "prepare.yaml").write_text("seed: 1\n")
     shutil.copy(ROOT / "configs/debug/tiny.yaml", folder / "run.yaml")
     shutil.copy(ROOT / "slurm/clusters/debug.yaml", folder / "cluster.yaml")
+    (folder / "tasks").mkdir()
+    (folder / "tasks" / "rolling.yaml").write_text(TASK)
     (folder / "older").mkdir()
     (folder / "older" / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
     make_run(folder / "run", vocab_size=258)

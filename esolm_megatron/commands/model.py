@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +14,7 @@ from rich.progress import Progress
 
 from esolm_megatron.commands import Placed, options, show
 from esolm_megatron.config import ConfigError, Section
-from esolm_megatron.errors import of_setting
+from esolm_megatron.errors import of_setting, optional
 from esolm_megatron.terminal import Terminal
 
 
@@ -133,6 +135,15 @@ def _converted(
     return export.export_run(
         args.path, args.out, weights=chosen.weights, dtype=dtype, step=chosen.step, progress=progress
     )
+
+
+def run_harness(args: argparse.Namespace) -> int:
+    """The harness's own command line, which knows the model `esolm`."""
+    harness = optional("lm_eval.__main__", "lm-eval")
+    importlib.import_module("esolm_megatron.inference.harness")
+    sys.argv = ["lm_eval", *args.words]
+    harness.cli_evaluate()
+    return 0
 
 
 def run_eval(args: argparse.Namespace) -> int:
