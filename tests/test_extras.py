@@ -77,7 +77,7 @@ PROMISED = {
              f"data mix run.yaml plot=mix.png {SMALL}", "data verify tokens plot=tokens.png"],
     "fp8": [f"train run.yaml {SMALL} {LOW} name=low"],
     "hf": ["transformers"],
-    "eval": ["lm-eval run --model esolm --model_args pretrained=model,device=cpu --tasks rolling --include_path tasks"],
+    "eval": ["lm-eval run --model esolm --model_args pretrained=model --device cpu --tasks rolling --include_path tasks"],
     "serve": ["serve"],
     "s3": ["s3"],
     "slurm": [f"launch run.yaml --on cluster.yaml --dry-run {SMALL}"],
