@@ -51,8 +51,8 @@ assert model(ids).logits.shape == (1, 4, model.config.vocab)
 TASK = """
 task: rolling
 dataset_path: json
-dataset_kwargs: {data_files: {test: lines.jsonl}}
-test_split: "test[:4]"
+dataset_kwargs: {data_files: {test: few.jsonl}}
+test_split: test
 output_type: loglikelihood_rolling
 doc_to_text: ""
 doc_to_target: "{{text}}"
@@ -199,6 +199,7 @@ def material(tmp_path_factory):
     (folder / "prepare.yaml").write_text("seed: 1\n")
     shutil.copy(ROOT / "configs/debug/tiny.yaml", folder / "run.yaml")
     shutil.copy(ROOT / "slurm/clusters/debug.yaml", folder / "cluster.yaml")
+    (folder / "few.jsonl").write_bytes(b"".join(lines.splitlines(keepends=True)[:4]))
     (folder / "tasks").mkdir()
     (folder / "tasks" / "rolling.yaml").write_text(TASK)
     (folder / "older").mkdir()
