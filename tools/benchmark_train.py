@@ -134,8 +134,8 @@ LARGE = 5e8
 
 
 @torch.no_grad()
-def drawn_there(model: EsoLM, seed: int) -> None:
-    """Fill a model on its device; rows that pad the vocabulary stay 0."""
+def drawn_there(model: EsoLM, seed: int, width_ratio: float = 1.0) -> None:
+    """Fill a model on its device, at any width alike; rows that pad the vocabulary stay 0."""
     generator = torch.Generator(model.embedding.weight.device).manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:

@@ -192,7 +192,7 @@ class Engine:
     def restore(self, checkpoint: Checkpoint, *, new_optimizer: bool = False) -> None:
         """Continue from a checkpoint written by any layout; or from its weights alone, with moments that begin anew."""
         kinds = ["weight"] if new_optimizer else checkpoint.kinds()
-        done = 0 if new_optimizer else checkpoint.manifest["numbers"].get("optimizer_steps", checkpoint.step)
+        done = 0 if new_optimizer else checkpoint.manifest.get("numbers", {}).get("optimizer_steps", checkpoint.step)
         self.state.restore(checkpoint.read_box, {kind: {*checkpoint.names(kind)} for kind in kinds}, done)
 
     def all_ranks(self, number: int) -> list[int]:

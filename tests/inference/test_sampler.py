@@ -169,7 +169,7 @@ def test_a_cache_goes_with_its_owner():
 
 def test_verified_proposals_take_one_cache(monkeypatch):
     taken, allocate = [], KVCache.__init__
-    monkeypatch.setattr(KVCache, "__init__", lambda self, *args: (taken.append(args), allocate(self, *args))[1])
+    monkeypatch.setattr(KVCache, "__init__", lambda self, *a, **b: (taken.append(a), allocate(self, *a, **b))[1])
     sample(random_model(), 2, 9, alpha_0=1.0, steps=4, schedule="first_hitting", propose=2)
     assert len(taken) == 1
 
