@@ -1,6 +1,8 @@
 """The study at its smallest: every part leaves what it found, a killed one goes on, and estimators bound what they should."""
 
 import json
+import math
+import statistics
 import subprocess
 import sys
 import time
@@ -45,3 +47,11 @@ def test_a_killed_study_goes_on_and_every_part_is_there(tmp_path):
     other = subprocess.run([*words[:3], "--scale", "small"], capture_output=True, text=True, check=False)
     assert "holds a study of another scale" in other.stderr
     assert other.returncode == 1
+
+
+def test_the_published_table_is_that_of_the_published_numbers():
+    found = json.loads((ROOT / "docs" / "study" / "small.json").read_text())["table"]
+    text = (ROOT / "docs" / "results.md").read_text()
+    for kind, seeds in found.items():
+        values = [math.exp(x["nelbo"]) for x in seeds]
+        assert f"| {kind} | {statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} |" in text
