@@ -492,6 +492,9 @@ def draw(results: dict[str, object], picture: Path) -> None:
                 ylabel="seconds",
                 title="one text, L / 4 passes (AR: L)",
             )
+            lengths = sorted({x["length"] for x in results["latency"]})
+            axis.set_xticks(lengths, labels=list(map(str, lengths)))
+            axis.minorticks_off()
             axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
     figure.tight_layout()
