@@ -1,14 +1,15 @@
-"""How well a model predicts given text: three bounds on its perplexity, each under the name of its estimator.
+"""How well a model predicts given text: bounds on its perplexity, each under the name of its estimator.
 
 They are numbers of two different models where alpha_0 > 0. Diffusion training predicts a masked token with other masks
 before it; sampling one token a step, and the exact likelihood, predict it without. So `nelbo` bounds the likelihood of
-the model that training sees, `any_order` and `importance_weighted` that of the model that samples one token a step.
+the model that training sees, `any_order` and `importance_weighted` that of the model that samples one token a step;
+`left_to_right` is the exact likelihood of the order that an autoregressive model has.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -46,7 +47,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found. diffusion_part and sequential_part add up to nelbo.nats_per_token."""
+    """What `evaluate` found. diffusion_part and sequential_part add up to nelbo.nats_per_token.
+
+    by_orders: K -> nats per token of the importance-weighted bound of K orders, for K = 1, 10, 100, ... and all, as far as
+    they divide all; never rising, as each is a mean over disjoint groups of the same orders.
+    """
 
     alpha_0: float
     num_sequences: int
@@ -58,12 +63,14 @@ class Evaluation:
     sequential_part: float
     any_order: Estimate
     importance_weighted: Estimate
+    left_to_right: Estimate
+    by_orders: dict[int, float]
     notes: tuple[str, ...]
 
     @property
     def estimates(self) -> dict[str, Estimate]:
         """Name -> estimate, in the order to show them."""
-        return {name: getattr(self, name) for name in ("nelbo", "any_order", "importance_weighted")}
+        return {name: getattr(self, name) for name in ("nelbo", "any_order", "importance_weighted", "left_to_right")}
 
 
 @torch.inference_mode()
@@ -97,9 +104,10 @@ def evaluate(
     chunks = [slice(i, i + batch_size) for i in range(0, len(tokens), batch_size)]
     counts = valid.sum(1).astype(np.float64)
     parts = np.concatenate([_bound_parts(model, text, rows, objective, seed) for rows in chunks])
-    log_p = torch.cat([_order_log_p(model, text, rows, objective.alpha_0, orders, seed) for rows in chunks], 1)
+    log_p = _each_log_p(model, text, chunks, objective.alpha_0, orders, seed)
     tight = -importance_weighted(log_p).numpy()
     loose = -log_p.mean(0).numpy()
+    straight = log_p if objective.alpha_0 == 0 else _each_log_p(model, text, chunks, 0.0, 1, seed)
     each = "left to right" if objective.alpha_0 == 0 else f"{orders} order{'s' if orders > 1 else ''} a sequence"
     return Evaluation(
         alpha_0=objective.alpha_0,
@@ -112,8 +120,20 @@ def evaluate(
         sequential_part=float(parts[:, SEQUENTIAL].sum() / counts.sum()),
         any_order=_estimate(f"mean over orders of the exact -log p(x | order), {each}", loose, counts),
         importance_weighted=_estimate(f"-log mean over orders of the exact p(x | order), {each}", tight, counts),
+        left_to_right=_estimate("exact -log p(x | left to right)", -straight[0].numpy(), counts),
+        by_orders={k: float(-_in_groups(log_p, k).sum() / counts.sum()) for k in _group_sizes(orders)},
         notes=_notes(objective),
     )
+
+
+def _group_sizes(orders: int) -> list[int]:
+    tens = (10**power for power in range(len(str(orders))))
+    return sorted({*(k for k in tens if orders % k == 0), orders})
+
+
+def _in_groups(log_p: Tensor, size: int) -> Tensor:
+    """The bound of `size` orders for each sequence (B,), its mean over the groups that log_p (K, B) has."""
+    return torch.stack([importance_weighted(group) for group in log_p.split(size)]).mean(0)
 
 
 _Text = tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64] | None]
@@ -160,6 +180,10 @@ def _bound_parts(model: EsoLM, text: _Text, rows: slice, objective: ObjectiveCon
     return parts
 
 
+def _each_log_p(model: EsoLM, text: _Text, chunks: list[slice], alpha_0: float, num_orders: int, seed: int) -> Tensor:
+    return torch.cat([_order_log_p(model, text, rows, alpha_0, num_orders, seed) for rows in chunks], 1)
+
+
 def _order_log_p(model: EsoLM, text: _Text, rows: slice, alpha_0: float, num_orders: int, seed: int) -> Tensor:
     """Exact log p(x | order_k): (K, B) fp64 on the CPU."""
     tokens, valid, documents = text
@@ -189,7 +213,7 @@ def _bound_name(alpha_0: float) -> str:
 
 def _notes(objective: ObjectiveConfig) -> tuple[str, ...]:
     if objective.alpha_0 == 0:
-        return ("alpha_0 = 0: there is one order, so the three numbers are the same exact one.",)
+        return ("alpha_0 = 0: there is one order, so all numbers are the same exact one.",)
     missing = objective.alpha_0 * objective.time_epsilon
     return (
         "nelbo is a number of the model that predicts a token with other masks before it, any_order and importance_weighted "
@@ -198,25 +222,73 @@ def _notes(objective: ObjectiveConfig) -> tuple[str, ...]:
     )
 
 
-def table(evaluation: Evaluation) -> Table:
-    """The estimates as a table for the terminal, notes below."""
+@dataclass(frozen=True)
+class TextRows:
+    """Given text in rows of one length. tokens, valid: (rows, L); a document's last row is padded. The rest counts all of it."""
+
+    tokens: NDArray[np.int64]
+    valid: NDArray[np.bool_]
+    num_words: int
+    num_bytes: int
+
+    @classmethod
+    def of(cls, texts: Iterable[str], encode: Callable[[str], list[int]], length: int) -> TextRows:
+        """Each document by itself, without an end-of-text token: a row sees nothing of the rows before it.
+
+        Raises:
+            ValueError: there is no text.
+        """
+        rows, num_words, num_bytes = [], 0, 0
+        for text in texts:
+            ids = encode(text)
+            rows += [ids[i : i + length] for i in range(0, len(ids), length)]
+            num_words += len(text.split())
+            num_bytes += len(text.encode())
+        if not rows:
+            raise ValueError("no text to evaluate on: every document is empty")
+        tokens, valid = np.zeros((len(rows), length), np.int64), np.zeros((len(rows), length), bool)
+        for i, row in enumerate(rows):
+            tokens[i, : len(row)], valid[i, : len(row)] = row, True
+        return cls(tokens, valid, num_words, num_bytes)
+
+    def per_unit(self, estimate: Estimate) -> dict[str, float]:
+        """Perplexity of a word (what white space separates) and bits of a UTF-8 byte, by what the whole text has of each."""
+        nats = estimate.nats_per_token * int(self.valid.sum())
+        try:
+            words = math.exp(nats / self.num_words)
+        except (OverflowError, ZeroDivisionError):
+            words = math.inf
+        return {"word_perplexity": words, "bits_per_byte": nats / self.num_bytes / math.log(2)}
+
+
+def table(evaluation: Evaluation, text: TextRows | None = None) -> Table:
+    """The estimates as a table for the terminal, notes below. text: what was evaluated, for words and bytes."""
     e = evaluation
     title = f"{e.num_tokens:,} tokens in {e.num_sequences:,} sequences, alpha_0 = {e.alpha_0:g}"
     out = Table(title=title, caption="\n".join(e.notes), caption_justify="left")
     for name, justify in (("bound", "left"), ("perplexity", "right"), ("nats/token", "right"), ("estimator", "left")):
         out.add_column(name, justify=justify)  # type: ignore[arg-type]
+    if text is not None:
+        out.add_column("per word", justify="right")
+        out.add_column("bits/byte", justify="right")
     for name, x in e.estimates.items():
         nats = f"{x.nats_per_token:.4f} +- {x.standard_error:.4f}"
-        out.add_row(name, f"{x.perplexity:.3f}", nats, x.estimator)
+        units = [] if text is None else [f"{value:.4g}" for value in text.per_unit(x).values()]
+        out.add_row(name, f"{x.perplexity:.3f}", nats, x.estimator, *units)
+    if len(e.by_orders) > 1:
+        bounds = ", ".join(f"K = {k}: {math.exp(nats):.3f}" for k, nats in e.by_orders.items())
+        out.caption = f"importance-weighted perplexity by orders: {bounds}\n{out.caption}"
     return out
 
 
-def as_dict(evaluation: Evaluation) -> dict[str, Any]:
+def as_dict(evaluation: Evaluation, text: TextRows | None = None) -> dict[str, Any]:
     """The same as a tree for JSON; a standard error of one sequence is null."""
     out = asdict(evaluation)
     for name, x in evaluation.estimates.items():
         error = None if math.isnan(x.standard_error) else x.standard_error
         out[name].update(perplexity=x.perplexity, standard_error=error)
+        units = {} if text is None else text.per_unit(x)
+        out[name].update({unit: value if math.isfinite(value) else None for unit, value in units.items()})
     return {**out, "notes": list(evaluation.notes)}
 
 

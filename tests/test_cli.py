@@ -83,6 +83,26 @@ def test_evaluation_agrees_with_training(folder, capsys):
     assert found["unigram_entropy"] > 3
 
 
+def test_texts_are_evaluated_as_they_are(folder, tmp_path, capsys):
+    """A line is scored as `esolm score` scores it; bytes and words count, and the field may be named."""
+    texts = ["def one(x):", "été = 1"]
+    lines = tmp_path / "texts.jsonl"
+    lines.write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
+    found = answer(capsys, "eval", folder / "model", f"text={lines}", "text_field=body", "orders=1")
+    scores = [
+        answer(capsys, "score", folder / "model", f"text={text}", "kind=left_to_right")["texts"][0] for text in texts
+    ]
+    nats = -sum(sum(score["log_p"]) / len(score["log_p"]) for score in scores)
+    left = found["left_to_right"]
+    assert found["num_tokens"] == sum(score["num_tokens"] for score in scores)
+    assert left["nats_per_token"] * found["num_tokens"] == pytest.approx(nats, rel=1e-5)
+    assert left["bits_per_byte"] == pytest.approx(nats / np.log(2) / len("".join(texts).encode()), rel=1e-5)
+    assert left["word_perplexity"] == pytest.approx(np.exp(nats / 5), rel=1e-4)
+    lines.write_text(json.dumps({"body": 3}) + "\n")
+    assert main(["eval", str(folder / "model"), f"text={lines}", "text_field=body"]) == 2
+    assert "body" in capsys.readouterr().err
+
+
 def test_samples_have_exact_log_probabilities(folder, capsys):
     made = answer(capsys, "sample", folder / "model", "num_samples=3", "prompt=def ", "alpha_0=0.5", "seed=4")
     model = load_pretrained(folder / "model", dtype=torch.float64)
@@ -155,7 +175,9 @@ def test_plan_and_doctor(capsys):
         (["train", "{run}", "data.path={top}/none"], 1, "none"),
         (["train", "{run}", "--processes", "3"], 2, "multiple of parallel.tensor_size x pipeline_size"),
         (["train", "{run}", "optim.lr=0.5", "--processes", "4"], 2, "optim.lr: was 0.01, now 0.5"),
-        (["eval", "{top}/model"], 2, "data: Field required"),
+        (["eval", "{top}/model"], 2, "data and text: give one of them"),
+        (["eval", "{top}/model", "data={top}/tokens", "text=x.txt"], 2, "data and text: give one of them"),
+        (["eval", "{top}/model", "text={top}/nothing"], 2, "nothing': no file there that ends in"),
         (["eval", "{top}/small", "data={top}/tokens"], 2, "config.json"),
         (["sample", "{top}/model", "top_q=0.5"], 2, "known here: device, dtype, weights, num_samples"),
         (["sample", "{top}/model", "prompt=a", "infill=b[[2]]"], 2, "give one of them"),

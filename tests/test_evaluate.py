@@ -12,12 +12,12 @@ from parity import MODERN, random_model
 from rich.console import Console
 
 from esolm_megatron.config import ObjectiveConfig
-from esolm_megatron.evaluate import as_dict, evaluate, table, unigram_entropy
+from esolm_megatron.evaluate import TextRows, as_dict, evaluate, table, unigram_entropy
 from esolm_megatron.model.attention import PackedAttention
 from esolm_megatron.objective.esolm import document_numbers, draw_validation, mean_loss, part_sums
 from esolm_megatron.objective.likelihood import log_likelihood
 
-NAMES = ("nelbo", "any_order", "importance_weighted")
+NAMES = ("nelbo", "any_order", "importance_weighted", "left_to_right")
 
 
 def random_batches(rows=7, length=13, padding=0, vocab=22, seed=0):
@@ -155,12 +155,55 @@ def test_output_says_which_estimator_each_number_is():
         assert tree[name]["nats_per_token"] == estimate.nats_per_token
         assert tree[name]["perplexity"] == estimate.perplexity
         assert tree[name]["estimator"] == estimate.estimator
-    assert len({getattr(found, name).estimator for name in NAMES}) == 3
+    assert len({getattr(found, name).estimator for name in NAMES}) == 4
     assert "one token a step" in " ".join(text.split())
     assert "2 orders a sequence" in found.any_order.estimator
     assert tree["num_tokens"] == 91
     single = evaluate(random_model(), random_batches(rows=1), ObjectiveConfig(alpha_0=1))
     assert as_dict(single)["nelbo"]["standard_error"] is None
+
+
+def test_left_to_right_is_exact_whatever_alpha_0_is():
+    model = random_model()
+    exact = evaluate(model, random_batches(padding=4), ObjectiveConfig(alpha_0=0)).nelbo
+    found = evaluate(model, random_batches(padding=4), ObjectiveConfig(alpha_0=0.5), orders=2)
+    assert found.left_to_right.nats_per_token == pytest.approx(exact.nats_per_token, rel=1e-12)
+    assert found.left_to_right.standard_error == pytest.approx(exact.standard_error, rel=1e-12)
+    assert found.any_order.nats_per_token != pytest.approx(exact.nats_per_token, rel=1e-3)
+
+
+def test_more_orders_never_bound_worse_and_the_ends_are_the_other_estimates():
+    found = evaluate(random_model(), random_batches(), ObjectiveConfig(alpha_0=1), orders=20)
+    assert list(found.by_orders) == [1, 10, 20]
+    first, middle, last = found.by_orders.values()
+    assert first > middle > last
+    assert first == pytest.approx(found.any_order.nats_per_token, rel=1e-12)
+    assert last == pytest.approx(found.importance_weighted.nats_per_token, rel=1e-12)
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(table(found))
+    assert f"K = 10: {math.exp(middle):.3f}" in console.export_text()
+    assert list(evaluate(random_model(), random_batches(), ObjectiveConfig(alpha_0=0), orders=20).by_orders) == [1]
+
+
+def test_texts_are_told_per_word_and_per_byte():
+    texts = ["ab cd é", "", "x y", "abcdefghijklmnop"]
+    rows = TextRows.of(texts, lambda text: [ord(c) % 22 for c in text], 5)
+    assert rows.valid.sum(1).tolist() == [5, 2, 3, 5, 5, 5, 1]
+    assert rows.tokens[1].tolist() == [ord(" ") % 22, ord("é") % 22, 0, 0, 0]
+    assert (rows.num_words, rows.num_bytes) == (6, 8 + 3 + 16)
+    found = evaluate(random_model(), [(rows.tokens, rows.valid)], ObjectiveConfig(alpha_0=0))
+    tree = json.loads(json.dumps(as_dict(found, rows), allow_nan=False))
+    nats = found.nelbo.nats_per_token * 26
+    assert tree["nelbo"]["bits_per_byte"] == pytest.approx(nats / math.log(2) / 27)
+    assert tree["nelbo"]["word_perplexity"] == pytest.approx(math.exp(nats / 6))
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(table(found, rows))
+    assert "bits/byte" in console.export_text()
+    wordless = TextRows.of(["  "], lambda text: [1] * len(text), 5)
+    assert wordless.num_words == 0
+    assert as_dict(found, wordless)["nelbo"]["word_perplexity"] is None
+    with pytest.raises(ValueError, match="no text to evaluate on"):
+        TextRows.of(["", ""], lambda text: [1] * len(text), 5)
 
 
 @pytest.mark.parametrize(

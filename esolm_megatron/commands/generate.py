@@ -19,7 +19,7 @@ from rich.table import Table
 
 from esolm_megatron.commands import Placed, options, show
 from esolm_megatron.config import ConfigError
-from esolm_megatron.errors import of_setting, optional
+from esolm_megatron.errors import optional
 from esolm_megatron.inference.request import SamplingParams
 from esolm_megatron.terminal import Terminal
 
@@ -60,7 +60,7 @@ class ScoreOptions(Placed):
     text: str | None = None
     """The text to score."""
     file: str | None = None
-    """A file instead, read as `esolm data prepare` reads: a line of a .jsonl is a text, in its field `text`; a .txt is one text."""
+    """Files instead, read as `esolm data prepare` reads: a line of a .jsonl is a text, in its field `text`; a .txt is one text."""
     prompt: str = ""
     """Text before it, which is given and not counted."""
     orders: int = Field(4, ge=1)
@@ -248,13 +248,6 @@ def texts_to_score(chosen: ScoreOptions) -> list[str]:
         raise ConfigError("text and file: give one of them")
     if chosen.text is not None:
         return [chosen.text]
-    from esolm_megatron.data.prepare.inputs import Bad, cut, place, read_documents
+    from esolm_megatron.data.prepare.inputs import read_texts
 
-    with of_setting("file", chosen.file):
-        found = [(piece, one) for piece in cut(str(chosen.file), 1 << 62) for one in read_documents(piece)]
-    for piece, one in found:
-        if isinstance(one, Bad):
-            raise ConfigError(f"file: {', '.join(filter(None, [place(piece, one.number), one.why, one.detail]))}")
-    if not found:
-        raise ConfigError(f"file = {chosen.file!r}: has no text")
-    return [one[0] for _, one in found if not isinstance(one, Bad)]
+    return read_texts(str(chosen.file), "file")

@@ -21,10 +21,14 @@ from esolm_megatron.terminal import Terminal
 class EvalOptions(Placed):
     """Fields of `esolm eval`."""
 
-    data: str
+    data: str | None = None
     """Folder made by `esolm data prepare`; its validation split is used."""
+    text: str | None = None
+    """Text instead: a file (.txt, .jsonl, .parquet, ...), a folder or glob of them, or hf://; also told per word and per byte."""
+    text_field: str = "text"
+    """Field of `text` that holds the documents."""
     num_sequences: int = Field(256, ge=1)
-    """Sequences, from the start of the split."""
+    """Sequences, from the start of the split or the text."""
     seq_length: int | None = Field(None, ge=1)
     """Tokens in a sequence; null means the trained length."""
     orders: int = Field(4, ge=1)
@@ -152,27 +156,38 @@ def run_eval(args: argparse.Namespace) -> int:
 
     from esolm_megatron import evaluate
     from esolm_megatron.config import ObjectiveConfig
+    from esolm_megatron.data.prepare.inputs import read_texts
+    from esolm_megatron.data.prepare.text_field import TextField
     from esolm_megatron.data.stream import ValidationSet
     from esolm_megatron.objective.esolm import document_numbers
 
     chosen = options(EvalOptions, args.overrides)
+    if (chosen.data is None) == (chosen.text is None):
+        raise ConfigError("data and text: give one of them")
+    texts = None if chosen.text is None else read_texts(chosen.text, "text", TextField.of(chosen.text_field))
     model = chosen.load(args.path)
-    with of_setting("data", chosen.data):
-        data = ValidationSet(chosen.data, seq_length=chosen.seq_length or model.config.seq_length)
-    count = min(chosen.num_sequences, len(data))
-    rows = data.rows(np.arange(count))
+    length, documents, whole = chosen.seq_length or model.config.seq_length, None, None
+    if texts is not None:
+        whole = evaluate.TextRows.of(texts, model.tokenizer.encode, length)
+        tokens, valid = whole.tokens[: chosen.num_sequences], whole.valid[: chosen.num_sequences]
+    else:
+        with of_setting("data", chosen.data):
+            data = ValidationSet(str(chosen.data), seq_length=length)
+        rows = data.rows(np.arange(min(chosen.num_sequences, len(data))))
+        tokens, valid = rows.tokens, rows.valid
+        documents = None if model.cross_document else document_numbers(rows.documents, rows.valid)
     result = evaluate.evaluate(
         model.model,
-        [(rows.tokens, rows.valid)],
+        [(tokens, valid)],
         ObjectiveConfig(alpha_0=model.alpha_0),
         orders=chosen.orders,
         seed=chosen.seed,
         batch_size=chosen.batch_size,
-        documents=None if model.cross_document else document_numbers(rows.documents, rows.valid),
+        documents=documents,
     )
-    unigram = evaluate.unigram_entropy([(rows.tokens, rows.valid)])
-    facts = {**evaluate.as_dict(result), "unigram_entropy": unigram}
-    show(evaluate.table(result), lambda: facts, args.json)
+    unigram = evaluate.unigram_entropy([(tokens, valid)])
+    facts = {**evaluate.as_dict(result, whole), "unigram_entropy": unigram}
+    show(evaluate.table(result, whole), lambda: facts, args.json)
     if not args.json:
         Terminal().print(f"entropy of the tokens' frequencies: {unigram:.3f} nats per token")
     return 0

@@ -192,6 +192,6 @@ def test_files_are_read_as_prepare_reads_them(tmp_path):
             texts('{"text": "a"}\n' + line)
     with pytest.raises(UserError, match="has no text"):
         texts("\n")
-    for there, why in ((tmp_path / "none.txt", "No such file"), (tmp_path, "Is a directory")):
+    for there, why in ((tmp_path / "none.txt", "no file there"), (tmp_path, "has no text")):
         with pytest.raises(UserError, match=f"file = '{there}': {why}"):
             texts_to_score(ScoreOptions(file=str(there)))

@@ -27,7 +27,7 @@ from pydantic_core import from_json
 
 from esolm_megatron.data.prepare import hf_datasets
 from esolm_megatron.data.prepare.text_field import NoText, TextField
-from esolm_megatron.errors import ConfigError, optional, shown
+from esolm_megatron.errors import ConfigError, of_setting, optional, shown
 
 STDIN = "-"
 _PACKED = (".gz", ".zst")
@@ -261,6 +261,28 @@ def read_documents(
     else:
         yield _whole(b"".join(_chunks_of(piece.path, meter)), encoding)
     meter.done = piece.bytes
+
+
+def read_texts(name: str, setting: str, field: TextField = TEXT) -> list[str]:
+    """All texts of a file, folder, glob or dataset, in order; `setting` is what messages call it.
+
+    Raises:
+        ConfigError: it stands for no file of a known kind, cannot be read, has no text, or a document that is none.
+    """
+    out = []
+    for path in find_inputs([name], setting).files:
+        with of_setting(setting, path):
+            check_input(path, field)
+            found = [(piece, one) for piece in cut(path, 1 << 62, field) for one in read_documents(piece, field)]
+        for piece, one in found:
+            if isinstance(one, Bad):
+                raise ConfigError(
+                    f"{setting}: {', '.join(filter(None, [place(piece, one.number), one.why, one.detail]))}"
+                )
+            out.append(one[0])
+    if not out:
+        raise ConfigError(f"{setting} = {name!r}: has no text")
+    return out
 
 
 def place(piece: Piece, number: int) -> str:
