@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 from torch import Tensor
 
-from esolm_megatron.config import ObjectiveConfig
+from esolm_megatron.config import ConfigError, ObjectiveConfig
 from esolm_megatron.model.transformer import EsoLM
 from esolm_megatron.objective.esolm import DIFFUSION, SEQUENTIAL, draw_orders, draw_validation
 from esolm_megatron.objective.likelihood import importance_weighted, log_likelihood
@@ -216,7 +216,7 @@ def _notes(objective: ObjectiveConfig) -> tuple[str, ...]:
         return ("alpha_0 = 0: there is one order, so all numbers are the same exact one.",)
     missing = objective.alpha_0 * objective.time_epsilon
     return (
-        "nelbo is a number of the model that predicts a token with other masks before it, any_order and importance_weighted "
+        "nelbo is a number of the model that predicts a token with other masks before it, the others "
         "of the one that samples one token a step: with alpha_0 > 0 these differ, so compare like with like.",
         f"nelbo's diffusion weights sum to {1 - missing:g} of what they stand for, so it is up to {missing:g} of itself too low.",
     )
@@ -232,11 +232,13 @@ class TextRows:
     num_bytes: int
 
     @classmethod
-    def of(cls, texts: Iterable[str], encode: Callable[[str], list[int]], length: int) -> TextRows:
+    def of(cls, texts: Iterable[str], encode: Callable[[str], list[int]], length: int, most: int) -> TextRows:
         """Each document by itself, without an end-of-text token: a row sees nothing of the rows before it.
 
+        most: rows that are wanted; no document is read after the one that fills them.
+
         Raises:
-            ValueError: there is no text.
+            ConfigError: there is no text.
         """
         rows, num_words, num_bytes = [], 0, 0
         for text in texts:
@@ -244,8 +246,10 @@ class TextRows:
             rows += [ids[i : i + length] for i in range(0, len(ids), length)]
             num_words += len(text.split())
             num_bytes += len(text.encode())
+            if len(rows) >= most:
+                break
         if not rows:
-            raise ValueError("no text to evaluate on: every document is empty")
+            raise ConfigError("text: there is none to evaluate on; every document is empty")
         tokens, valid = np.zeros((len(rows), length), np.int64), np.zeros((len(rows), length), bool)
         for i, row in enumerate(rows):
             tokens[i, : len(row)], valid[i, : len(row)] = row, True
@@ -262,22 +266,29 @@ class TextRows:
 
 
 def table(evaluation: Evaluation, text: TextRows | None = None) -> Table:
-    """The estimates as a table for the terminal, notes below. text: what was evaluated, for words and bytes."""
+    """The estimates as a table for the terminal, what they are and notes below. text: that was evaluated, for words and bytes."""
     e = evaluation
     title = f"{e.num_tokens:,} tokens in {e.num_sequences:,} sequences, alpha_0 = {e.alpha_0:g}"
-    out = Table(title=title, caption="\n".join(e.notes), caption_justify="left")
-    for name, justify in (("bound", "left"), ("perplexity", "right"), ("nats/token", "right"), ("estimator", "left")):
-        out.add_column(name, justify=justify)  # type: ignore[arg-type]
-    if text is not None:
-        out.add_column("per word", justify="right")
-        out.add_column("bits/byte", justify="right")
+    out, below = (
+        Table(title=title, caption_justify="left"),
+        [f"{name}: {x.estimator}." for name, x in e.estimates.items()],
+    )
+    out.add_column("bound", no_wrap=True)
+    for name in ("perplexity", "nats/token", *(() if text is None else ("per word", "bits/byte"))):
+        out.add_column(name, justify="right")
     for name, x in e.estimates.items():
         nats = f"{x.nats_per_token:.4f} +- {x.standard_error:.4f}"
         units = [] if text is None else [f"{value:.4g}" for value in text.per_unit(x).values()]
-        out.add_row(name, f"{x.perplexity:.3f}", nats, x.estimator, *units)
+        out.add_row(name, f"{x.perplexity:.3f}", nats, *units)
     if len(e.by_orders) > 1:
         bounds = ", ".join(f"K = {k}: {math.exp(nats):.3f}" for k, nats in e.by_orders.items())
-        out.caption = f"importance-weighted perplexity by orders: {bounds}\n{out.caption}"
+        below.append(f"importance-weighted perplexity by orders: {bounds}.")
+    if text is not None:
+        below.append(
+            f"per word: perplexity; a word is what white space separates. bits/byte: of UTF-8. By {text.num_words:,} words and "
+            f"{text.num_bytes:,} bytes for {int(text.valid.sum()):,} tokens, those of the documents that were read."
+        )
+    out.caption = "\n".join([*below, *e.notes])
     return out
 
 
@@ -289,7 +300,8 @@ def as_dict(evaluation: Evaluation, text: TextRows | None = None) -> dict[str, A
         out[name].update(perplexity=x.perplexity, standard_error=error)
         units = {} if text is None else text.per_unit(x)
         out[name].update({unit: value if math.isfinite(value) else None for unit, value in units.items()})
-    return {**out, "notes": list(evaluation.notes)}
+    counts = {} if text is None else {"num_words": text.num_words, "num_bytes": text.num_bytes}
+    return {**out, **counts, "notes": list(evaluation.notes)}
 
 
 def unigram_entropy(batches: Batches) -> float:

@@ -1,5 +1,6 @@
 """The whole path through the command line: text, shards, TP x PP x ZeRO training, export, bounds, text again; and bad input."""
 
+import gzip
 import json
 import os
 import re
@@ -98,6 +99,14 @@ def test_texts_are_evaluated_as_they_are(folder, tmp_path, capsys):
     assert left["nats_per_token"] * found["num_tokens"] == pytest.approx(nats, rel=1e-5)
     assert left["bits_per_byte"] == pytest.approx(nats / np.log(2) / len("".join(texts).encode()), rel=1e-5)
     assert left["word_perplexity"] == pytest.approx(np.exp(nats / 5), rel=1e-4)
+    whole = gzip.compress("".join(json.dumps({"text": str(i) * 99}) + "\n" for i in range(9999)).encode())
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    for verb in (
+        ("eval", f"text={tmp_path}/cut.jsonl.gz", "num_sequences=99999"),
+        ("score", f"file={tmp_path}/cut.jsonl.gz"),
+    ):
+        assert main([verb[0], str(folder / "model"), *verb[1:]]) == 2
+        assert "cut.jsonl.gz': cannot be read to its end" in capsys.readouterr().err
     lines.write_text(json.dumps({"body": 3}) + "\n")
     assert main(["eval", str(folder / "model"), f"text={lines}", "text_field=body"]) == 2
     assert "body" in capsys.readouterr().err
@@ -177,6 +186,8 @@ def test_plan_and_doctor(capsys):
         (["train", "{run}", "optim.lr=0.5", "--processes", "4"], 2, "optim.lr: was 0.01, now 0.5"),
         (["eval", "{top}/model"], 2, "data and text: give one of them"),
         (["eval", "{top}/model", "data={top}/tokens", "text=x.txt"], 2, "data and text: give one of them"),
+        (["eval", "{top}/model", "data={top}/tokens", "text_field=body"], 2, "text_field = 'body': goes with text"),
+        (["eval", "{top}/model", "text=-"], 2, "standard input is not read here"),
         (["eval", "{top}/model", "text={top}/nothing"], 2, "nothing': no file there that ends in"),
         (["eval", "{top}/small", "data={top}/tokens"], 2, "config.json"),
         (["sample", "{top}/model", "top_q=0.5"], 2, "known here: device, dtype, weights, num_samples"),

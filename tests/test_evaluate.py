@@ -11,7 +11,7 @@ import torch
 from parity import MODERN, random_model
 from rich.console import Console
 
-from esolm_megatron.config import ObjectiveConfig
+from esolm_megatron.config import ConfigError, ObjectiveConfig
 from esolm_megatron.evaluate import TextRows, as_dict, evaluate, table, unigram_entropy
 from esolm_megatron.model.attention import PackedAttention
 from esolm_megatron.objective.esolm import document_numbers, draw_validation, mean_loss, part_sums
@@ -187,7 +187,7 @@ def test_more_orders_never_bound_worse_and_the_ends_are_the_other_estimates():
 
 def test_texts_are_told_per_word_and_per_byte():
     texts = ["ab cd é", "", "x y", "abcdefghijklmnop"]
-    rows = TextRows.of(texts, lambda text: [ord(c) % 22 for c in text], 5)
+    rows = TextRows.of(texts, lambda text: [ord(c) % 22 for c in text], 5, 99)
     assert rows.valid.sum(1).tolist() == [5, 2, 3, 5, 5, 5, 1]
     assert rows.tokens[1].tolist() == [ord(" ") % 22, ord("é") % 22, 0, 0, 0]
     assert (rows.num_words, rows.num_bytes) == (6, 8 + 3 + 16)
@@ -198,12 +198,20 @@ def test_texts_are_told_per_word_and_per_byte():
     assert tree["nelbo"]["word_perplexity"] == pytest.approx(math.exp(nats / 6))
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(table(found, rows))
-    assert "bits/byte" in console.export_text()
-    wordless = TextRows.of(["  "], lambda text: [1] * len(text), 5)
+    assert "bits/byte" in console.export_text(clear=False)
+    for said in ("27 bytes for 26 tokens", *(x.estimator for x in found.estimates.values())):
+        assert said in " ".join(console.export_text(clear=False).split())
+    assert (tree["num_words"], tree["num_bytes"]) == (6, 27)
+    asked = iter(texts)
+    assert len(TextRows.of(asked, lambda text: [1] * len(text), 5, 3).tokens) == 3, (
+        "no document is read that is not needed"
+    )
+    assert next(asked) == texts[3]
+    wordless = TextRows.of(["  "], lambda text: [1] * len(text), 5, 1)
     assert wordless.num_words == 0
     assert as_dict(found, wordless)["nelbo"]["word_perplexity"] is None
-    with pytest.raises(ValueError, match="no text to evaluate on"):
-        TextRows.of(["", ""], lambda text: [1] * len(text), 5)
+    with pytest.raises(ConfigError, match="every document is empty"):
+        TextRows.of(["", ""], lambda text: [1] * len(text), 5, 1)
 
 
 @pytest.mark.parametrize(

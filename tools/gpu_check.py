@@ -182,7 +182,7 @@ def samples_of(said: str) -> list[Row]:
 def bounds_of(said: str) -> list[Row]:
     """The bounds in nats per token."""
     found = last_json(said)
-    names = ("nelbo", "any_order", "importance_weighted")
+    names = ("nelbo", "any_order", "importance_weighted", "left_to_right")
     return [{name: found[name]["nats_per_token"] for name in names}] if found else []
 
 

@@ -250,4 +250,7 @@ def texts_to_score(chosen: ScoreOptions) -> list[str]:
         return [chosen.text]
     from esolm_megatron.data.prepare.inputs import read_texts
 
-    return read_texts(str(chosen.file), "file")
+    texts = list(read_texts(str(chosen.file), "file"))
+    if not texts:
+        raise ConfigError(f"file = {chosen.file!r}: has no text")
+    return texts

@@ -164,11 +164,13 @@ def run_eval(args: argparse.Namespace) -> int:
     chosen = options(EvalOptions, args.overrides)
     if (chosen.data is None) == (chosen.text is None):
         raise ConfigError("data and text: give one of them")
+    if chosen.text is None and "text_field" in chosen.model_fields_set:
+        raise ConfigError(f"text_field = {chosen.text_field!r}: goes with text; prepared data has no fields")
     texts = None if chosen.text is None else read_texts(chosen.text, "text", TextField.of(chosen.text_field))
     model = chosen.load(args.path)
     length, documents, whole = chosen.seq_length or model.config.seq_length, None, None
     if texts is not None:
-        whole = evaluate.TextRows.of(texts, model.tokenizer.encode, length)
+        whole = evaluate.TextRows.of(texts, model.tokenizer.encode, length, chosen.num_sequences)
         tokens, valid = whole.tokens[: chosen.num_sequences], whole.valid[: chosen.num_sequences]
     else:
         with of_setting("data", chosen.data):

@@ -263,26 +263,34 @@ def read_documents(
     meter.done = piece.bytes
 
 
-def read_texts(name: str, setting: str, field: TextField = TEXT) -> list[str]:
-    """All texts of a file, folder, glob or dataset, in order; `setting` is what messages call it.
+def read_texts(name: str, setting: str, field: TextField = TEXT) -> Iterator[str]:
+    """The texts of a file, folder, glob or dataset, in order, read as they are asked for; messages call it `setting`.
 
     Raises:
-        ConfigError: it stands for no file of a known kind, cannot be read, has no text, or a document that is none.
+        ConfigError: it stands for no file of a known kind, or one that does not begin with a text; later, a file that cannot be
+            read to its end, or a document that is no text.
     """
-    out = []
-    for path in find_inputs([name], setting).files:
+    files = find_inputs([name], setting).files
+    for path in files:
         with of_setting(setting, path):
             check_input(path, field)
-            found = [(piece, one) for piece in cut(path, 1 << 62, field) for one in read_documents(piece, field)]
-        for piece, one in found:
-            if isinstance(one, Bad):
-                raise ConfigError(
-                    f"{setting}: {', '.join(filter(None, [place(piece, one.number), one.why, one.detail]))}"
-                )
-            out.append(one[0])
-    if not out:
-        raise ConfigError(f"{setting} = {name!r}: has no text")
-    return out
+    if not files:
+        raise ConfigError(f"{setting} = {STDIN!r}: standard input is not read here; give a file")
+    return (text for path in files for text in _texts(path, setting, field))
+
+
+def _texts(path: str, setting: str, field: TextField) -> Iterator[str]:
+    try:
+        for piece in cut(path, 1 << 62, field):
+            for found in read_documents(piece, field):
+                if isinstance(found, Bad):
+                    said = filter(None, [place(piece, found.number), found.why, found.detail])
+                    raise ConfigError(f"{setting}: {', '.join(said)}")
+                yield found[0]
+    except (OSError, EOFError, zlib.error) as error:
+        raise ConfigError(
+            f"{setting} = {path!r}: cannot be read to its end: {error}; repair or leave out the file"
+        ) from error
 
 
 def place(piece: Piece, number: int) -> str:
