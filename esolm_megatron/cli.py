@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from esolm_megatron.commands import data, generate, jobs, model, run
+from esolm_megatron.commands import data, evaluate, generate, jobs, model, run
 from esolm_megatron.errors import UserError, missing_package
 from esolm_megatron.terminal import Terminal
 from esolm_megatron.version import __version__
@@ -70,9 +70,16 @@ def parser() -> argparse.ArgumentParser:
         "path", metavar="PATH", help="a YAML file (prepare, mix), prepared data (verify, show), text, or a folder"
     )
     fields(made, "override fields; mix: those of the run, and plot=FILE.png")
-    made = verb("eval", model.run_eval, "perplexity bounds of a converted model")
-    made.add_argument("path", metavar="MODEL", help="folder made by esolm convert")
-    fields(made, ", ".join(model.EvalOptions.model_fields))
+    made = verb(
+        "eval", evaluate.run_eval, "perplexity bounds of a model, its texts judged, or its answers to questions"
+    )
+    made.add_argument("path", metavar="MODEL|RUN[@step]", help="folder made by esolm convert, or of a run")
+    made.add_argument("--processes", type=int, metavar="N", help="share the work among N processes of this machine")
+    fields(made, ", ".join(evaluate.EvalOptions.model_fields))
+    made = verb("compare", evaluate.run_compare, "several models or runs side by side: settings, losses, bounds, texts")
+    made.add_argument(
+        "words", nargs="+", metavar="MODEL|RUN[@step]|field=value", help=", ".join(evaluate.CompareOptions.model_fields)
+    )
     made = verb("lm-eval", model.run_harness, "the lm-evaluation-harness, whose words follow, with --model esolm")
     made.add_argument("words", nargs=argparse.REMAINDER, metavar="WORDS", help="see esolm lm-eval run --help")
     made = verb("convert", model.run_convert, "between training runs, the inference format and foreign checkpoints")

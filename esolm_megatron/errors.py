@@ -67,6 +67,7 @@ EXTRAS = {
     "data": ("datasets", "matplotlib", "pyarrow", "zstandard"),
     "hf": ("transformers",),
     "eval": ("lm_eval",),
+    "mauve": ("mauve",),
     "serve": ("fastapi", "prometheus_client", "uvicorn"),
     "s3": ("s3fs",),
     "slurm": ("submitit",),

@@ -112,6 +112,114 @@ def test_texts_are_evaluated_as_they_are(folder, tmp_path, capsys):
     assert "body" in capsys.readouterr().err
 
 
+def test_a_run_is_judged_as_its_export_is(folder, capsys):
+    words = (f"data={folder}/tokens", "num_sequences=9", "batch_size=4", "orders=2")
+    theirs = answer(capsys, "eval", folder / "model", *words)
+    assert list((folder / "small" / "checkpoints").iterdir())
+    for run in (folder / "small", f"{folder}/small@40"):
+        mine = answer(capsys, "eval", run, *words)
+        assert mine.pop("model") == str(run)
+        assert mine == {k: v for k, v in theirs.items() if k != "model"}
+    again = answer(capsys, "eval", folder / "model", *words, "alpha_0=0")
+    assert again["nelbo"]["nats_per_token"] == pytest.approx(theirs["left_to_right"]["nats_per_token"], rel=1e-6)
+
+
+def test_processes_share_an_evaluation_and_a_killed_one_goes_on(folder, tmp_path, capsys):
+    words = [f"data={folder}/tokens", "num_sequences=24", "batch_size=1", "orders=40", f"out={tmp_path}/out"]
+    theirs = answer(capsys, "eval", folder / "model", *words[:-1])
+    command = [
+        sys.executable,
+        "-m",
+        "esolm_megatron",
+        "eval",
+        str(folder / "model"),
+        *words,
+        "--processes",
+        "2",
+        "--json",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    parts = tmp_path / "out" / "parts"
+    while process.poll() is None and len(list(parts.glob("*.json"))) < 5:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    time.sleep(0.5)  # until the kernel has killed its ranks
+    done = {p: p.stat().st_mtime_ns for p in parts.glob("*.json")}
+    assert 5 <= len(done) < 24
+    assert not (tmp_path / "out" / "report.json").exists()
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert {p: p.stat().st_mtime_ns for p in done} == done, "what was done is not done again"
+    assert json.loads(again.stdout) == theirs == json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (tmp_path / "out" / "perplexity.png").stat().st_size > 10_000
+    assert main(["eval", str(folder / "model"), *words, "seed=5"]) == 2
+    assert "holds an evaluation with seed = 0, now 5" in capsys.readouterr().err
+
+
+def test_written_texts_are_judged(folder, tmp_path, capsys):
+    words = [
+        "what=generation",
+        "num_sequences=6",
+        "batch_size=4",
+        "seq_length=32",
+        "steps=[4,32]",
+        f"out={tmp_path}/out",
+    ]
+    found = answer(capsys, "eval", folder / "model", *words, f"judge={folder}/model", "temperature=0.8")
+    few, many = found["texts"]
+    assert (few["steps"], many["steps"], few["num_samples"]) == (4, 32, 6)
+    assert few["passes"] < many["passes"]
+    assert all(
+        1 < x["perplexity"] < 400 and 0 < x["entropy"] < 4 and x["tokens_per_second"] > 0 for x in found["texts"]
+    )
+    assert "left to right" in found["judge"]
+    assert (tmp_path / "out" / "generation.png").stat().st_size > 10_000
+    assert main(["eval", str(folder / "model"), *words[:-1]]) == 0
+    assert "tokens/s" in capsys.readouterr().out, "and without a judge"
+
+
+def test_questions_are_answered(folder, tmp_path, capsys):
+    lines = [{"prompt": "import", "choices": [" os\n", " qzx"], "answer": 0}, {"choices": ["def", "fed"], "answer": 0}]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = answer(capsys, "eval", folder / "model", "what=likelihood", f"questions={tmp_path}/q.jsonl")
+    scored = answer(capsys, "score", folder / "model", r"text= os\n", "prompt=import", "kind=left_to_right")
+    assert found["log_p"][0][0] == pytest.approx(scored["texts"][0]["importance_weighted"], abs=1e-5)
+    assert found["accuracy"] == 1
+    (tmp_path / "q.jsonl").write_text(json.dumps({"prompt": "import ", "choices": ["os"]}))
+    assert main(["eval", str(folder / "model"), "what=likelihood", f"questions={tmp_path}/q.jsonl"]) == 2
+    assert "questions, the 1. one: prompt and text: one token is" in capsys.readouterr().err
+
+
+def test_models_and_runs_side_by_side(folder, tmp_path, capsys):
+    assert main(["convert", str(folder / "small"), str(tmp_path / "last"), "weights=last"]) == 0
+    words = [str(folder / "small"), str(tmp_path / "last")]
+    fields = [f"data={folder}/tokens", "num_sequences=8", "orders=2", "samples=1", "length=16", f"out={tmp_path}/out"]
+    found = answer(capsys, "compare", *words, *fields)
+    assert found["models"] == words
+    assert found["losses"][words[0]]["step"] == 40
+    assert found["losses"][words[0]]["tokens"] == 40 * 8 * 64
+    bounds = [found["perplexity"][word]["left_to_right"] for word in words]
+    assert bounds[0] != bounds[1]
+    whole = answer(capsys, "eval", tmp_path / "last", *fields[:3])
+    assert bounds[1] == pytest.approx(whole["left_to_right"]["perplexity"], rel=1e-6)
+    assert all(len(texts) == 1 for texts in found["texts"].values())
+    model = load_pretrained(tmp_path / "last")
+    assert found["texts"][words[1]] == [model.tokenizer.decode(model.sample(1, 16)[0][0].tolist())]
+    assert {p.name for p in (tmp_path / "out").iterdir()} >= {"report.json", "loss.png", "perplexity.png"}
+    assert main(["compare", *words, "samples=0"]) == 0
+    shown = capsys.readouterr().out
+    assert "settings that differ" in shown
+    other = yaml.safe_load((folder / "small" / "config.yaml").read_text())
+    (tmp_path / "other" / "checkpoints").mkdir(parents=True)
+    other["optim"]["lr"] = 7e-3
+    (tmp_path / "other" / "config.yaml").write_text(yaml.safe_dump(other))
+    (tmp_path / "other" / "checkpoints").rmdir()
+    (tmp_path / "other" / "checkpoints").symlink_to(folder / "small" / "checkpoints")
+    found = answer(capsys, "compare", words[0], tmp_path / "other", "samples=0")
+    assert found["differences"] == {"optim.lr": [0.01, 0.007]}
+
+
 def test_samples_have_exact_log_probabilities(folder, capsys):
     made = answer(capsys, "sample", folder / "model", "num_samples=3", "prompt=def ", "alpha_0=0.5", "seed=4")
     model = load_pretrained(folder / "model", dtype=torch.float64)
@@ -124,6 +232,15 @@ def test_samples_have_exact_log_probabilities(folder, capsys):
     scored[:, : len(prompt)] = False
     exact = model.log_likelihood(again[0], again.order, scored=scored)
     assert torch.allclose(exact, again[1].sum(1), atol=1e-9)
+
+
+def test_a_cache_of_8_bits_says_what_it_costs(folder, capsys):
+    words = ("sample", folder / "model", "num_samples=2", "prompt=def ", "alpha_0=0.5", "stop=true", "cache=int8")
+    lost = answer(capsys, *words)["int8_cache_nats_per_token"]
+    assert 0 < abs(lost) < 0.05
+    assert main([str(word) for word in words]) == 0
+    assert f"keys and values in 8 bits: {lost:.2g} nats a token" in capsys.readouterr().err
+    assert "int8_cache_nats_per_token" not in answer(capsys, *words[:-1])
 
 
 def test_infilling_keeps_the_text_around_the_hole(folder, capsys):
@@ -189,7 +306,20 @@ def test_plan_and_doctor(capsys):
         (["eval", "{top}/model", "data={top}/tokens", "text_field=body"], 2, "text_field = 'body': goes with text"),
         (["eval", "{top}/model", "text=-"], 2, "standard input is not read here"),
         (["eval", "{top}/model", "text={top}/nothing"], 2, "nothing': no file there that ends in"),
-        (["eval", "{top}/small", "data={top}/tokens"], 2, "config.json"),
+        (["eval", "{top}/tokens", "data={top}/tokens"], 2, "config.json"),
+        (["eval", "{top}/small@7", "data={top}/tokens"], 1, "step_00000007"),
+        (["eval", "{top}/model", "data={top}/tokens", "steps=[4]"], 2, "steps: has no meaning for what=perplexity"),
+        (["eval", "{top}/model", "data={top}/tokens", "stride=4"], 2, "stride = 4: goes with text"),
+        (["eval", "{top}/model", "data={top}/tokens", "orders=0"], 2, "orders = 0: must be at least 1"),
+        (["eval", "{top}/model", "text={run}", "zero_shot=ptb", "stride=4"], 2, "zero_shot = 'ptb': has its own field"),
+        (["eval", "{top}/model", "text={top}", "zero_shot=pbt"], 2, "zero_shot = 'pbt': must be one of wikitext2"),
+        (["eval", "{top}/model", "what=generation", "steps=[0]"], 2, "steps = [0]: must be at least 1 each"),
+        (["eval", "{top}/model", "what=generation", "judge={top}/x"], 2, "is no folder; download the model first"),
+        (["eval", "{top}/model", "what=generation", "reference=x.txt"], 2, "give judge=FOLDER"),
+        (["eval", "{top}/model", "what=generation", "judge={top}/model", "judge_length=99"], 2, "must be 2 to 64"),
+        (["eval", "{top}/model", "what=likelihood"], 2, "questions: give a .jsonl"),
+        (["eval", "{top}/model", "what=likelihood", "questions={run}"], 2, "run.yaml', line 1:"),
+        (["compare", "{top}/model"], 2, "give two or more different models or runs"),
         (["sample", "{top}/model", "top_q=0.5"], 2, "known here: device, dtype, weights, num_samples"),
         (["sample", "{top}/model", "prompt=a", "infill=b[[2]]"], 2, "give one of them"),
         (["sample", "{top}/model", "length=2", "prompt=import os.path as something"], 2, "length"),

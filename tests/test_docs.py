@@ -126,6 +126,8 @@ class Command(NamedTuple):
             place = words.index("--processes")
             del words[place : place + 2]
         name = " ".join(words[:2]) if words[0] == "data" else words[0]
+        if any(word.startswith("what=") for word in words):  # small as it is
+            return words
         return words if self.expected else [*words, *SMALLER.get(name, "").split()]
 
 

@@ -56,11 +56,21 @@ def test_every_part_leaves_results(whole):
     assert {row["file"] for row in tests} == {"tests/test_gpu.py", "tests/model/test_flash.py"}
     assert sum(row["passed"] for row in tests) > 10
     assert all(row["failed"] == 0 for row in tests)
-    assert [row["stage"] for row in train] == ["corpus", "tokenizer", "prepare", "train", "convert", "sample", "eval"]
+    assert [row["stage"] for row in train] == [
+        "corpus",
+        "tokenizer",
+        "prepare",
+        "train",
+        "convert",
+        "sample",
+        "int8",
+        "eval",
+    ]
     assert train[3]["steps"] == 40
     assert train[3]["tokens_per_second"] > 0
     assert train[5]["passes"] > 0
-    assert 0 < train[6]["importance_weighted"] < 7
+    assert 0 < abs(train[6]["int8_cache_nats_per_token"]) < 0.1
+    assert 0 < train[7]["importance_weighted"] < 7
     assert {(row["alpha_0"], row["kind"]) for row in step} == {
         (alpha_0, kind) for alpha_0 in (1.0, 0.25) for kind in ("ours", "reference", "ar")
     }

@@ -24,8 +24,9 @@ CODE_LINES = {
         "model objective parallel train checkpoint config errors terminal topology lazy version",
     ),
     "data": (3250, "data"),
-    "inference": (2420, "inference huggingface evaluate sample score"),
-    "what starts and watches runs": (2800, "launch plan doctor commands cli __init__ __main__"),
+    "inference": (2300, "inference huggingface sample score"),
+    "evaluation and plans": (1700, "evaluation plan"),
+    "what starts and watches runs": (2900, "launch doctor commands cli __init__ __main__"),
 }
 """Most lines of code in each part, and the part's files and folders."""
 

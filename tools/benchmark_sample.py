@@ -213,6 +213,7 @@ def cell(
     orders, ks = torch.from_numpy(np.stack([p.order for p in plans])).to(device), plans[0].ks
     ways = {
         "ours": lambda: sample(model, batch, length, alpha_0=1.0, **kind),
+        "int8_cache": lambda: sample(model, batch, length, alpha_0=1.0, cache="int8", **kind),
         "loop": lambda: reference_loop(model, orders, ks, stop_after(ENOUGH * ours, device)),
         "ar": lambda: left_to_right(model, batch, length, device),
         "uncached": lambda: uncached(model, orders, ks[:2]),

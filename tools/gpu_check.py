@@ -137,6 +137,7 @@ def train(ask: Ask) -> list[Job]:
              read=lambda said: training_of(w / "run" / "metrics.jsonl", 40 if tiny else 60)),
         verb("convert", "convert", str(w / "run"), model),
         verb("sample", "sample", model, "num_samples=4", "steps=32", *place, read=samples_of),
+        verb("int8", "sample", model, "num_samples=4", "steps=32", "weights=int8", "cache=int8", *place, read=samples_of),
         verb("eval", "eval", model, f"data={tokens}", "num_sequences=8", "orders=2", *place, read=bounds_of),
     ]  # fmt: skip
 
@@ -173,10 +174,11 @@ def training_of(metrics: Path, steps: int) -> list[Row]:
 
 
 def samples_of(said: str) -> list[Row]:
-    """Passes, and the mean log-probability of a text."""
+    """Passes, the mean log-probability of a text, and what a cache of 8 bits costs."""
     found = last_json(said)
     probs = [sample["log_prob"] for sample in found.get("samples", [])]
-    return [{"passes": found["num_forward_passes"], "mean_log_prob": sum(probs) / len(probs)}] if probs else []
+    cost = {k: v for k, v in found.items() if k == "int8_cache_nats_per_token"}
+    return [{"passes": found["num_forward_passes"], "mean_log_prob": sum(probs) / len(probs), **cost}] if probs else []
 
 
 def bounds_of(said: str) -> list[Row]:

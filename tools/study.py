@@ -1,6 +1,7 @@
 r"""What the paper claims, tried at small scale: one text, one tokenizer, equal tokens, models that differ in one thing.
 
     python tools/study.py runs/study                     # small: about an hour on one CPU core
+    python tools/study.py runs/study --scale medium      # two to three hours on one CPU core
     python tools/study.py runs/study --scale full        # about ten hours on a CPU, minutes on a GPU
     python tools/study.py runs/study --parts table toy
 
@@ -8,7 +9,8 @@ Parts: `table` trains left to right (AR), masked diffusion with attention both w
 several alpha_0, with several seeds, and compares perplexities. `toy` compares the estimators with the exact likelihood of a model
 so small that all orders can be summed. `gradients` compares the losses for alpha_0 = 1: how much a gradient varies from batch to
 batch, and what equal arithmetic buys. `pareto` writes texts in T passes, and has them judged by an AR model of another seed.
-`latency` is the time of a text against its length.
+`latency` is the time of a text against its length. `scaling` fits a law to the bounds of four narrower models, and compares what
+it predicts for the width of the others with what those have.
 
 Each trained model and each part leaves a file in the folder; what is there is not made again, so a killed study goes on. The
 text is the sources of Python's standard library. The end is results.json, results.md and the pictures.
@@ -37,7 +39,7 @@ from esolm_megatron.config import ModelConfig, ObjectiveConfig
 from esolm_megatron.config.optim import OptimConfig
 from esolm_megatron.data.corpus import python_library_documents
 from esolm_megatron.data.tokenizer import train_tokenizer
-from esolm_megatron.evaluate import evaluate
+from esolm_megatron.evaluation import evaluate
 from esolm_megatron.inference import sample
 from esolm_megatron.inference.decoding.draw import Draw, draw_tokens
 from esolm_megatron.model.layers import PlainLinears
@@ -69,6 +71,7 @@ class Scale:
 SCALES = {
     "tiny": Scale(1, 32, 2, 16, 300, 8, 12, 2, 60_000, 16, 8),
     "small": Scale(3, 96, 4, 64, 512, 32, 500, 3, 3_000_000, 256, 64),
+    "medium": Scale(4, 128, 4, 64, 1024, 32, 1000, 3, 8_000_000, 256, 64),
     "full": Scale(6, 256, 8, 128, 2048, 64, 4000, 3, 20_000_000, 512, 256),
 }
 """tiny is for tests, and shows nothing."""
@@ -76,6 +79,8 @@ ALPHAS = (0.125, 0.25, 0.5, 1.0)
 MDLM, AR, ANY_ORDER = "MDLM", "AR", "Eso-LM 1, any-order loss"
 KINDS: dict[str, float] = {AR: 0.0, **{f"Eso-LM {a:g}": a for a in ALPHAS}, MDLM: 1.0}
 """Name -> alpha_0."""
+SCALED = "Eso-LM 0.25"
+"""What `scaling` trains at several widths."""
 
 
 class Study:
@@ -121,18 +126,17 @@ class Study:
 
     # -------------------------------------------------------------------------------------------------- models
 
-    def new_model(self, seed: int) -> EsoLM:
+    def new_model(self, seed: int, width: int | None = None) -> EsoLM:
         """Random weights."""
-        model = EsoLM(self.shape, PlainLinears(torch.float32, self.device))
+        shape = self.shape if width is None else self.shape.model_copy(update={"hidden_size": width})
+        model = EsoLM(ModelConfig(**shape.model_dump(exclude_unset=True)), PlainLinears(torch.float32, self.device))
         initialise(model, seed)
         return model
 
-    def model(self, kind: str, seed: int) -> EsoLM:
-        """A trained model; trains it if it is not there."""
-        file, model = (
-            self.folder / f"{kind.replace(' ', '_').replace(',', '')}-{seed}.safetensors",
-            self.new_model(seed),
-        )
+    def model(self, kind: str, seed: int, width: int | None = None) -> EsoLM:
+        """A trained model; trains it if it is not there. width: other than the study's."""
+        name = f"{kind.replace(' ', '_').replace(',', '')}-{seed}{'' if width is None else f'-{width}'}"
+        file, model = self.folder / f"{name}.safetensors", self.new_model(seed, width)
         if not file.exists():
             losses = self._trained(model, kind, seed)
             save_file({name: x.detach().cpu() for name, x in model.named_parameters()}, file.with_suffix(".new"))
@@ -332,6 +336,24 @@ class Study:
             fed.view(-1)[at] = draw_tokens(logits, raw, Draw(top_p=top_p))[0]
         return fed
 
+    def scaling(self) -> dict[str, object]:
+        """Bounds (nats per token, one a seed) of models of several widths, and a law fitted to all but the widest."""
+        widths = [self.scale.width * eighths // 8 for eighths in (2, 3, 4, 6)]
+        seeds, sizes = range(self.scale.seeds), []
+        for seed, width in itertools.product(seeds, widths):
+            self.model(SCALED, seed, width)  # a study that is cut short has whole seeds
+        for width in [*widths, None]:
+            models = [self.model(SCALED, seed, width) for seed in seeds]
+            inner = sum(p.numel() for p in models[0].parameters()) - 2 * models[0].embedding.weight.numel()
+            nelbo = [self._bounds(model, SCALED)["nelbo"] for model in models]
+            sizes.append({"width": width or self.scale.width, "parameters": inner, "nelbo": nelbo})
+        law = fitted_law([x["parameters"] for x in sizes[:-1]], [spread(x["nelbo"])[0] for x in sizes[:-1]])
+        return {
+            "sizes": sizes,
+            "law": law,
+            "predicted": law["floor"] + law["scale"] * sizes[-1]["parameters"] ** -law["power"],
+        }
+
     @torch.inference_mode()
     def latency(self) -> list[dict[str, object]]:
         """Seconds of one text with random weights: left to right, and in L / 4 passes by this model, and without a cache."""
@@ -367,6 +389,20 @@ class Study:
         return out
 
 
+def fitted_law(parameters: list[int], nats: list[float]) -> dict[str, float]:
+    """floor + scale * parameters^-power, by least squares with floor and scale not below 0."""
+    best = (math.inf, {})
+    for power in np.arange(0.02, 1.5, 0.005):
+        columns = np.stack([np.ones(len(nats)), np.asarray(parameters, float) ** -power], 1)
+        (floor, scale), *_ = np.linalg.lstsq(columns, np.asarray(nats), rcond=None)
+        if floor < 0:
+            floor, scale = 0.0, float(columns[:, 1] @ nats / (columns[:, 1] @ columns[:, 1]))
+        error = float(np.square(columns @ [floor, scale] - nats).sum())
+        if scale >= 0 and error < best[0]:
+            best = (error, {"floor": float(floor), "scale": float(scale), "power": float(power)})
+    return best[1]
+
+
 def both_ways(rows: int, length: int) -> Callable[..., Tensor]:
     """Attention in which each place of a row sees all of its places."""
 
@@ -389,7 +425,7 @@ def weighted_orders(length: int, alpha_0: float) -> Iterator[tuple[list[int], fl
 
 # ------------------------------------------------------------------------------------------------------------ results
 
-PARTS = ("table", "toy", "gradients", "pareto", "latency")
+PARTS = ("table", "toy", "gradients", "pareto", "latency", "scaling")
 
 
 def spread(values: list[float]) -> tuple[float, float]:
@@ -445,6 +481,15 @@ def report(study: Study, results: dict[str, object]) -> str:
         for x in results["pareto"]:
             found = f"{math.exp(x['nats']):.1f} | {x['entropy']:.2f} | {1e3 * x['seconds_per_text']:.2f}"
             lines.append(f"| {x['kind']} | {x['top_p']} | {x['steps']} | {found} |")
+    if "scaling" in results:
+        x, law = results["scaling"], results["scaling"]["law"]
+        form = f"{law['floor']:.3f} + {law['scale']:.3g} / N^{law['power']:.3f}"
+        lines += ["", f"| {SCALED}, width | parameters N in blocks | nats per token (NELBO) |", "|---|---|---|"]
+        lines += [
+            f"| {y['width']} | {y['parameters']:,} | {'{:.4f} ± {:.4f}'.format(*spread(y['nelbo']))} |"
+            for y in x["sizes"]
+        ]
+        lines += ["", f"The law fitted to all but the last, {form}, predicts {x['predicted']:.4f} for the last."]
     draw(results, study.folder / "results.png")
     return "\n".join(lines) + "\n"
 

@@ -29,8 +29,8 @@ class Placed(Section):
     weights: Literal["full", "int8"] = "full"
     """int8 holds the matrices of blocks in 8 bits: less memory, and less to read where few texts are written."""
 
-    def load(self, folder: str, *, split: bool = False) -> Any:
-        """The model in `folder`. split: cut over the processes of this start, if there are several.
+    def load(self, folder: str, *, split: bool = False, each: bool = False) -> Any:
+        """The model in `folder`. split: cut over the processes of this start, if there are several. each: whole in each of them.
 
         Raises:
             ConfigError: there is no such device.
@@ -46,6 +46,8 @@ class Placed(Section):
             place = "cuda" if count else "cpu"
         if several and place == "cuda":
             place = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        if each and place == "cuda":
+            place = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % max(count, 1)}"
         device = torch.device(place)
         if device.type == "cuda" and (device.index or 0) >= count:
             raise ConfigError(

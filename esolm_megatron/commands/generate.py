@@ -20,7 +20,7 @@ from rich.table import Table
 from esolm_megatron.commands import Placed, options, show
 from esolm_megatron.config import ConfigError
 from esolm_megatron.errors import optional
-from esolm_megatron.inference.request import SamplingParams
+from esolm_megatron.inference.request import Cache, SamplingParams
 from esolm_megatron.terminal import Terminal
 
 
@@ -50,6 +50,8 @@ class SampleOptions(SamplingParams, Texts):
     """Tokens proposed at once and verified, with schedule=first_hitting, which keeps the distribution; auto: as many as pay."""
     passes: int = Field(1, ge=1, le=2)
     """Verify proposals in the pass that makes the next ones (1), or in one of its own (2)."""
+    cache: Cache = "full"
+    """int8 keeps keys and values in 8 bits; what that costs in likelihood is told."""
     seconds_per_pass: float = Field(0.0, ge=0)
     """With --watch: wait this long after each pass."""
 
@@ -88,6 +90,8 @@ class ServeOptions(Placed):
     """Tokens of a text, prompt included; null means the trained length."""
     queue: int = Field(64, ge=0)
     """Texts that may wait; more are refused with status 429."""
+    cache: Cache = "full"
+    """int8 keeps keys and values in 8 bits, for more texts at once in the same memory."""
     body: int = Field(1_000_000, ge=1)
     """Bytes of a request; larger ones are refused with status 413."""
 
@@ -98,7 +102,9 @@ def run_serve(args: argparse.Namespace) -> int:
     serve = optional("esolm_megatron.inference.serve", "the server")
     chosen = options(ServeOptions, args.overrides)
     model = chosen.load(args.path)
-    limits = serve.Limits(chosen.rows, chosen.length or model.config.seq_length, chosen.queue, chosen.body)
+    limits = serve.Limits(
+        chosen.rows, chosen.length or model.config.seq_length, chosen.queue, chosen.body, chosen.cache
+    )
     app = serve.build(model, limits, Path(args.path).resolve().name)
     signal.signal(signal.SIGTERM, lambda *_: None)  # which is raised again after the server has ended
     uvicorn.run(app, host=chosen.host, port=chosen.port, timeout_graceful_shutdown=5, log_level="info")
@@ -115,7 +121,7 @@ def run_sample(args: argparse.Namespace) -> int:
         return run_local([sys.executable, "-m", "esolm_megatron", "sample", args.path, *words], args.processes)
     import torch
 
-    from esolm_megatron.inference import parse_infill
+    from esolm_megatron.inference import loss_of_cache, parse_infill
     from esolm_megatron.inference.animation import Animation
 
     chosen = options(SampleOptions, args.overrides)
@@ -155,10 +161,12 @@ def run_sample(args: argparse.Namespace) -> int:
             stop_id=model.tokenizer.eos_id if chosen.stop else None,
             propose=chosen.propose,
             passes=chosen.passes,
+            cache=chosen.cache,
             watch=animation,
             **fields,
         )
     seconds = time.monotonic() - begun
+    lost = loss_of_cache(model.model, samples, len(given)) if chosen.cache == "int8" else None
     if not shows:
         return 0
     if args.html and isinstance(animation, Animation):
@@ -167,7 +175,14 @@ def run_sample(args: argparse.Namespace) -> int:
     shapes, recording = samples.recorded
     more = f"; of {seconds:.1f} s, {recording:.1f} went into recording {shapes} shapes of passes" if shapes else ""
     print(f"{made / seconds:.0f} tokens/s{more}", file=sys.stderr)
-    show_samples(samples, model.tokenizer.decode, args.json)
+    if lost is not None and not args.json:
+        print(
+            f"keys and values in 8 bits: {lost:.2g} nats a token (mean of log p with them - log p without)",
+            file=sys.stderr,
+        )
+    show_samples(
+        samples, model.tokenizer.decode, args.json, {} if lost is None else {"int8_cache_nats_per_token": lost}
+    )
     return 0
 
 
@@ -184,8 +199,8 @@ class Filling(Progress):
         self.update(self._task, advance=len(positions))
 
 
-def show_samples(samples: Any, decode: Any, as_json: bool) -> None:
-    """Print texts with their log-probabilities."""
+def show_samples(samples: Any, decode: Any, as_json: bool, more: dict[str, float]) -> None:
+    """Print texts with their log-probabilities. more: facts that go with them in JSON."""
     tokens, log_probs = samples
     texts = [decode(row) for row in tokens.tolist()]
     totals = log_probs.sum(1).tolist()
@@ -196,7 +211,7 @@ def show_samples(samples: Any, decode: Any, as_json: bool) -> None:
                 texts, tokens.tolist(), totals, samples.order.tolist(), samples.saved.tolist(), strict=True
             )
         ]
-        print(json.dumps({"num_forward_passes": samples.num_forward_passes, "samples": out}))
+        print(json.dumps({"num_forward_passes": samples.num_forward_passes, "samples": out, **more}))
         return
     for i, (text, total) in enumerate(zip(texts, totals, strict=True)):
         made = tokens.shape[1] - int(samples.saved[i])

@@ -1,4 +1,4 @@
-"""What is done with trained models: `esolm convert` and `esolm eval`."""
+"""What is done with trained models: `esolm convert`, and the lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -12,31 +12,10 @@ from pydantic import Field
 from rich.markup import escape
 from rich.progress import Progress
 
-from esolm_megatron.commands import Placed, options, show
+from esolm_megatron.commands import options, show
 from esolm_megatron.config import ConfigError, Section
-from esolm_megatron.errors import of_setting, optional
+from esolm_megatron.errors import optional
 from esolm_megatron.terminal import Terminal
-
-
-class EvalOptions(Placed):
-    """Fields of `esolm eval`."""
-
-    data: str | None = None
-    """Folder made by `esolm data prepare`; its validation split is used."""
-    text: str | None = None
-    """Text instead: a file (.txt, .jsonl, .parquet, ...), a folder or glob of them, or hf://; also told per word and per byte."""
-    text_field: str = "text"
-    """Field of `text` that holds the documents."""
-    num_sequences: int = Field(256, ge=1)
-    """Sequences, from the start of the split or the text."""
-    seq_length: int | None = Field(None, ge=1)
-    """Tokens in a sequence; null means the trained length."""
-    orders: int = Field(4, ge=1)
-    """Orders drawn for each sequence: K of the importance-weighted bound."""
-    batch_size: int = Field(8, ge=1)
-    """Sequences in one pass."""
-    seed: int = Field(0, ge=0)
-    """Seed of noise and orders."""
 
 
 class ConvertOptions(Section):
@@ -147,49 +126,4 @@ def run_harness(args: argparse.Namespace) -> int:
     importlib.import_module("esolm_megatron.inference.harness")
     sys.argv = ["lm_eval", *args.words]
     harness.cli_evaluate()
-    return 0
-
-
-def run_eval(args: argparse.Namespace) -> int:
-    """Bounds of a converted model on validation text."""
-    import numpy as np
-
-    from esolm_megatron import evaluate
-    from esolm_megatron.config import ObjectiveConfig
-    from esolm_megatron.data.prepare.inputs import read_texts
-    from esolm_megatron.data.prepare.text_field import TextField
-    from esolm_megatron.data.stream import ValidationSet
-    from esolm_megatron.objective.esolm import document_numbers
-
-    chosen = options(EvalOptions, args.overrides)
-    if (chosen.data is None) == (chosen.text is None):
-        raise ConfigError("data and text: give one of them")
-    if chosen.text is None and "text_field" in chosen.model_fields_set:
-        raise ConfigError(f"text_field = {chosen.text_field!r}: goes with text; prepared data has no fields")
-    texts = None if chosen.text is None else read_texts(chosen.text, "text", TextField.of(chosen.text_field))
-    model = chosen.load(args.path)
-    length, documents, whole = chosen.seq_length or model.config.seq_length, None, None
-    if texts is not None:
-        whole = evaluate.TextRows.of(texts, model.tokenizer.encode, length, chosen.num_sequences)
-        tokens, valid = whole.tokens[: chosen.num_sequences], whole.valid[: chosen.num_sequences]
-    else:
-        with of_setting("data", chosen.data):
-            data = ValidationSet(str(chosen.data), seq_length=length)
-        rows = data.rows(np.arange(min(chosen.num_sequences, len(data))))
-        tokens, valid = rows.tokens, rows.valid
-        documents = None if model.cross_document else document_numbers(rows.documents, rows.valid)
-    result = evaluate.evaluate(
-        model.model,
-        [(tokens, valid)],
-        ObjectiveConfig(alpha_0=model.alpha_0),
-        orders=chosen.orders,
-        seed=chosen.seed,
-        batch_size=chosen.batch_size,
-        documents=documents,
-    )
-    unigram = evaluate.unigram_entropy([(tokens, valid)])
-    facts = {**evaluate.as_dict(result, whole), "unigram_entropy": unigram}
-    show(evaluate.table(result, whole), lambda: facts, args.json)
-    if not args.json:
-        Terminal().print(f"entropy of the tokens' frequencies: {unigram:.3f} nats per token")
     return 0

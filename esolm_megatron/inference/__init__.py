@@ -7,11 +7,11 @@ from esolm_megatron.lazy import hand_on
 if TYPE_CHECKING:
     from esolm_megatron.inference.loaded_model import PretrainedEsoLM, load_pretrained, parse_infill
     from esolm_megatron.inference.request import SampleRequest
-    from esolm_megatron.inference.sampler import Sampler, Samples, sample
+    from esolm_megatron.inference.sampler import Sampler, Samples, loss_of_cache, sample
 else:
     __getattr__ = hand_on(
         __name__,
         loaded_model="PretrainedEsoLM load_pretrained parse_infill",
         request="SampleRequest",
-        sampler="Sampler Samples sample",
+        sampler="Sampler Samples loss_of_cache sample",
     )

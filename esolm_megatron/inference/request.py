@@ -16,6 +16,8 @@ Schedule = Literal["binomial", "uniform", "first_hitting"]
 """binomial: the ancestral sampler of the paper. uniform: equally many places in each diffusion step. first_hitting: the
 ancestral sampler of infinitely many steps, which fills one place a pass."""
 Propose = int | Literal["auto"]
+Cache = Literal["full", "int8"]
+"""How keys and values are kept: in the weights' type, or in 8 bits with a scale for each vector."""
 Order = Literal["random", "left_to_right", "block_distant"]
 """Places of the diffusion steps: random, from the left, or random ones of which a step takes those farthest apart."""
 
@@ -98,6 +100,7 @@ class SampleRequest:
     that a full row would have. propose: with the first-hitting schedule, tokens that are proposed at once and verified
     in the next pass (`passes` = 1), or in one of its own (2); the distribution stays that of one token a pass. "auto": as
     many as pay in each row, by the share of its proposals that were accepted so far.
+    cache: int8 keeps keys and values in 8 bits, which alters what is drawn; `loss_of_cache` tells by how much.
     first_row: id of the first row, for requests that together are one.
     """
 
@@ -118,6 +121,7 @@ class SampleRequest:
     stop_id: int | None = None
     propose: Propose = 1
     passes: int = 1
+    cache: Cache = "full"
     first_row: int = 0
 
     @property

@@ -26,7 +26,7 @@ from esolm_megatron.inference.decoding.decoder import Decoder, decode
 from esolm_megatron.inference.decoding.draw import DEFAULT, draw_tokens, fused_draw
 from esolm_megatron.inference.decoding.scheduler import RowPlan, plan_rows
 from esolm_megatron.inference.decoding.speculative import decode_verified
-from esolm_megatron.inference.request import SampleRequest
+from esolm_megatron.inference.request import Cache, SampleRequest
 from esolm_megatron.model.transformer import EsoLM
 from esolm_megatron.objective.likelihood import check_rows
 
@@ -108,11 +108,18 @@ class Sampler:
 
     `add` plans while `free` has rows, call `step` until a row is among those done, read its `result`, and `release` it. fed,
     log_probs: (R + 1, L + 1), in the generation order, the last row and place spare. saved: (R,) as in `Samples`. late: passes
-    that are begun before the first of them is read.
+    that are begun before the first of them is read. cache: see `SampleRequest`.
     """
 
     def __init__(
-        self, model: EsoLM, num_rows: int, num_places: int, *, fixed_shapes: bool | None = None, late: int | None = None
+        self,
+        model: EsoLM,
+        num_rows: int,
+        num_places: int,
+        *,
+        fixed_shapes: bool | None = None,
+        late: int | None = None,
+        cache: Cache = "full",
     ):
         device = model.embedding.weight.device
         self.fed = torch.full((num_rows + 1, num_places + 1), model.shape.mask_id, device=device)
@@ -121,8 +128,8 @@ class Sampler:
         self.kinds = torch.ones(num_rows + 1, 4, dtype=torch.float64, device=device)
         self.kernel = fused_draw(self.log_probs)
         self.mask_id, self.length = model.shape.mask_id, num_places
-        fused = self.kernel is not None
-        self.decoder = Decoder(model, self.fed, self.order, fixed_shapes=fixed_shapes, record=fused)
+        fused, int8 = self.kernel is not None, cache == "int8"
+        self.decoder = Decoder(model, self.fed, self.order, fixed_shapes=fixed_shapes, record=fused, int8=int8)
         self.plans: dict[int, RowPlan] = {}
         self.free = list(range(num_rows))[::-1]
         self.saved, self.ended_at = np.zeros(num_rows, np.int64), np.full(num_rows, num_places)
@@ -138,7 +145,7 @@ class Sampler:
         """Whether it is idle, and as large as a request needs, but not four times as large."""
         rows, places, wanted = len(self.saved), self.length, (request.num_samples, request.length)
         fits = rows >= wanted[0] and places >= wanted[1] and rows * places <= 4 * wanted[0] * wanted[1]
-        return fits and len(self.free) == rows
+        return fits and len(self.free) == rows and self.decoder.int8 == (request.cache == "int8")
 
     @property
     def busy(self) -> bool:
@@ -303,7 +310,7 @@ def sample_rows(
     kept = [] if kept is None else kept
     sampler = kept.pop() if kept else None  # another thread that samples meanwhile makes its own
     if sampler is None or request.propose != 1 or not sampler.serves(request):
-        sampler = Sampler(model, request.num_samples, request.length)
+        sampler = Sampler(model, request.num_samples, request.length, cache=request.cache)
     made, (shapes, seconds), count = sampler.decoder.passes, sampler.decoder.recording, 0
     taken = sampler.add_all(plans)
     fed, log_probs = (x[: len(taken), : request.length] for x in (sampler.fed, sampler.log_probs))
@@ -397,3 +404,18 @@ def schedule_log_likelihood(
 ) -> Tensor:
     """log p(tokens | order, schedule) of each row, exact, through the cached path: (B,). See `schedule_log_probs`."""
     return schedule_log_probs(model, tokens, order, ks, num_given=num_given).sum(1)
+
+
+@torch.inference_mode()
+def loss_of_cache(model: EsoLM, samples: Samples, num_given: int = 0) -> float:
+    """Nats a drawn token that sampling with `cache="int8"` costs: the mean of log p with that cache - log p without.
+
+    It estimates the KL divergence of what was drawn from the model's own distribution, if tokens were drawn untempered.
+    num_given: tokens of the prompt. The first 16 texts are judged.
+    """
+    tokens, log_probs, order, saved = (x[:16] for x in (*samples, samples.order, samples.saved))
+    ks = samples.ks[:16] if np.ndim(samples.ks) == 2 else samples.ks
+    lost = (log_probs - schedule_log_probs(model, tokens, order, ks, num_given=num_given)).gather(1, order)
+    made = torch.arange(lost.shape[1]) < lost.shape[1] - saved[:, None]
+    made[:, :num_given] = False
+    return float(lost[made.to(lost.device)].double().mean())

@@ -31,18 +31,19 @@ from esolm_megatron.config import ConfigError, Section
 from esolm_megatron.inference.decoding.scheduler import RowPlan, plan_rows
 from esolm_megatron.inference.loaded_model import PretrainedEsoLM, parse_infill
 from esolm_megatron.inference.pieces import Transcript
-from esolm_megatron.inference.request import MOST, SamplingParams
+from esolm_megatron.inference.request import MOST, Cache, SamplingParams
 from esolm_megatron.inference.sampler import Sampler
 
 
 @dataclass(frozen=True)
 class Limits:
-    """rows: texts written at once. length: tokens of a text, prompt included. queue: texts that may wait. body: bytes."""
+    """rows: texts at once. length: tokens of a text, prompt included. queue: texts waiting. body: bytes. cache: see `Cache`."""
 
     rows: int = 16
     length: int = 1024
     queue: int = 64
     body: int = 1_000_000
+    cache: Cache = "full"
 
 
 class StreamOptions(Section):
@@ -200,7 +201,7 @@ class Worker:
     def _run(self) -> None:
         with torch.inference_mode():
             try:
-                sampler = Sampler(self.model.model, self.limits.rows, self.limits.length)
+                sampler = Sampler(self.model.model, self.limits.rows, self.limits.length, cache=self.limits.cache)
                 while self._take_in(sampler):
                     self._step(sampler)
             finally:

@@ -29,9 +29,9 @@ def _product(a, b, EXACT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["width", "splits"])
 def _attend(
-    q, keys, values, rows, seen, out, lse, row_stride, group_stride, slot_stride, width, splits, scale,
+    q, keys, values, scales, rows, seen, out, lse, scales_stride, row_stride, group_stride, slot_stride, width, splits, scale,
     QUERIES: tl.constexpr, HEAD: tl.constexpr, WIDE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    EXACT: tl.constexpr,
+    EXACT: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(width * QUERIES, BLOCK_Q)
     row, group, share = tl.program_id(0) // blocks, tl.program_id(1), tl.program_id(2)
@@ -57,7 +57,12 @@ def _attend(
         where = base + key[:, None].to(tl.int64) * slot_stride + d[None]
         there = (key < stop)[:, None] & (d < HEAD)[None]
         k = tl.load(keys + where, mask=there, other=0.0)
-        scores = _product(x, tl.trans(k), EXACT) * scale
+        if INT8:  # whole numbers that every type holds; through fp32, for the interpreter
+            k = k.to(tl.float32)
+        scores = _product(x, tl.trans(k.to(x.dtype)), EXACT) * scale
+        if INT8:
+            kept = scales + base // HEAD + key * (slot_stride // HEAD)
+            scores *= tl.load(kept, mask=key < stop, other=0.0)[None]
         own = (key[None] <= slot) & ((key[None] < limit) | (key[None] >= first))
         scores = tl.where(own, scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
@@ -66,7 +71,10 @@ def _attend(
         shrink = tl.exp2(top - safe)
         total = total * shrink + tl.sum(p, 1)
         v = tl.load(values + where, mask=there, other=0.0)
-        mixed = mixed * shrink[:, None] + _product(p.to(v.dtype), v, EXACT)
+        if INT8:
+            p *= tl.load(kept + scales_stride, mask=key < stop, other=0.0)[None]
+            v = v.to(tl.float32)
+        mixed = mixed * shrink[:, None] + _product(p.to(x.dtype), v.to(x.dtype), EXACT)
         top = higher
     total = tl.where(total > 0, total, 1.0)  # where nothing is seen `top` stays minus infinity
     mixed = mixed / total[:, None]
@@ -88,12 +96,13 @@ def _merge(parts, lse, out, splits, HEAD: tl.constexpr, WIDE: tl.constexpr, SPLI
     tl.store(out + head * HEAD + d, mixed.to(out.dtype.element_ty), mask=d < HEAD)
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, rows: Tensor, seen: Tensor) -> Tensor:
+def attend(q: Tensor, keys: Tensor, values: Tensor, rows: Tensor, seen: Tensor, scales: Tensor | None = None) -> Tensor:
     """What queries find in the cache: (R W, N, D), of R rows with W queries each; 0 where one sees nothing.
 
     q: (R W, N, D), contiguous. keys, values: (rows of the cache, G, slots, D), laid out alike. rows: (R,) int64, each row's
     one in the cache. seen: (R W, 3) int32, (slot, limit, first): the keys up to `slot`, without those from `limit` on that
-    lie before `first`; slot -1 sees none. All lengths are read on the device.
+    lie before `first`; slot -1 sees none. All lengths are read on the device. scales: (2, rows of the cache, G, slots) fp32, what
+    keys and values of 8 bits are multiplied by; those of keys lie as they do.
     """
     tokens, heads, head_dim = q.shape
     groups, slots = keys.shape[1:3]
@@ -106,9 +115,10 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, rows: Tensor, seen: Tensor) 
     parts = out if splits == 1 else torch.empty(tokens * heads * splits, head_dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(tokens * heads * splits, dtype=torch.float32, device=q.device)
     _attend[(programs // groups, groups, splits)](
-        q, keys, values, rows, seen, parts, lse, *keys.stride()[:3], width, splits, head_dim**-0.5 * 1.4426950408889634,
+        q, keys, values, q if scales is None else scales, rows, seen, parts, lse, 0 if scales is None else scales.stride(0),
+        *keys.stride()[:3], width, splits, head_dim**-0.5 * 1.4426950408889634,
         QUERIES=queries, HEAD=head_dim, WIDE=wide, BLOCK_Q=block, BLOCK_K=BLOCK_K,
-        EXACT=not isinstance(_attend, triton.JITFunction), num_warps=4,
+        EXACT=not isinstance(_attend, triton.JITFunction), INT8=scales is not None, num_warps=4,
     )  # fmt: skip
     if splits > 1:
         _merge[(tokens * heads,)](

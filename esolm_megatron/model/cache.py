@@ -11,6 +11,9 @@ order, so what a fed token sees is one inequality, `key slot <= own slot`:
 Tokens see all that was cached, and causally what is fed with them. The next step starts at the first mask's slot, where
 its tokens overwrite the keys of the masks: these are never seen again. Verified decoding also feeds masks that stand
 for one another's places; each group of them has slots of its own, past the tokens, and a limit to the tokens it sees.
+
+Keys and values may be kept in 8 bits: each vector as whole numbers from -127 to 127 and one scale, its largest absolute
+value / 127. What is fed sees itself so, too.
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ class Queries:
     def of(
         cls, rows: Tensor, slots: Tensor, horizon: int, groups: tuple[Tensor, Tensor] | None, like: Tensor
     ) -> Queries:
-        """Of tokens as `KVCache.begin_step` has them; `like` has the keys' dtype and device."""
+        """Of tokens as `KVCache.begin_step` has them; `like` has the queries' dtype and device."""
         counts = torch.bincount(rows)
         num_rows, width, padded = len(counts), int(counts.max()), None
         if len(rows) != num_rows * width:
@@ -73,9 +76,9 @@ class Queries:
         return cls(num_rows, width, horizon, padded, bias.view(num_rows, 1, width, horizon))
 
     @classmethod
-    def fixed(cls, stored: Tensor, slots: Tensor, like: Tensor) -> Queries:
+    def fixed(cls, stored: Tensor, slots: Tensor, horizon: int, like: Tensor) -> Queries:
         """Of rows `stored` (rows,) of the cache and slots (rows, width), -1 for padding; nothing is asked of the host."""
-        (num_rows, width), horizon = slots.shape, like.shape[3]
+        num_rows, width = slots.shape
         if cached_attention(like) is not None:
             seen = F.pad(slots.view(-1, 1), (0, 2)).int()
             return cls(num_rows, width, horizon, None, None, seen, stored)
@@ -83,23 +86,29 @@ class Queries:
         bias = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, float("-inf"))
         return cls(num_rows, width, horizon, None, bias, None, stored)
 
-    def attend(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """q (T, N, D), keys and values (rows, G, slots, D) -> (T, N, D)."""
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, scales: Tensor | None = None) -> Tensor:
+        """q (T, N, D), keys and values (rows, G, slots, D), of 8 bits with scales (2, rows, G, slots) -> (T, N, D)."""
         heads, groups, head_dim = q.shape[1], keys.shape[1], q.shape[2]
         if self.padded is not None:
             q = q.new_zeros(self.num_rows * self.width, heads, head_dim).index_copy_(0, self.padded, q)
-        kernel = None if self.seen is None else cached_attention(keys)
+        kernel = None if self.seen is None else cached_attention(q)
         if kernel is not None:
-            out = kernel(q.contiguous(), keys, values, self.stored, self.seen)
+            out = kernel(q.contiguous(), keys, values, self.stored, self.seen, scales)
             return out if self.padded is None else out.index_select(0, self.padded)
-        keys, values = (x[: self.num_rows] if self.stored is None else x[self.stored] for x in (keys, values))
+        of_rows = slice(self.num_rows) if self.stored is None else self.stored
+        keys, values = (x[of_rows][:, :, : self.horizon] for x in (keys, values))
+        if scales is not None:
+            keys, values = (
+                x * y[of_rows][:, :, : self.horizon, None].to(q.dtype)
+                for x, y in zip((keys, values), scales, strict=True)
+            )
         queries = heads // groups  # those that share a key are laid side by side, so that no key is repeated
         q = q.view(self.num_rows, self.width, groups, queries, head_dim).permute(0, 2, 3, 1, 4)
         bias = self.bias if self.bias is None or queries == 1 else self.bias.repeat(1, 1, queries, 1)
         out = F.scaled_dot_product_attention(
             q.reshape(self.num_rows, groups, queries * self.width, head_dim),
-            keys[:, :, : self.horizon],
-            values[:, :, : self.horizon],
+            keys,
+            values,
             attn_mask=bias,
         )
         out = out.view(self.num_rows, groups, queries, self.width, head_dim).permute(0, 3, 1, 2, 4)
@@ -110,7 +119,8 @@ class Queries:
 class KVCache:
     """The `attend` argument of the network in sampling: call `begin_step`, then the network. No gradients.
 
-    keys, values: (layers, rows, groups, slots, D). Who calls knows which slots hold what; the cache does not. `last` is
+    keys, values: (layers, rows, groups, slots, D). scales: (2, layers, rows, groups, slots) fp32 of keys and values, if those
+    are of 8 bits. Who calls knows which slots hold what; the cache does not. `last` is
     the network's argument of that name: the last block mixes and goes on with what the head looks at, and no more.
     """
 
@@ -126,11 +136,15 @@ class KVCache:
         device: torch.device,
         *,
         tensor_size: int = 1,
+        int8: bool = False,
     ):
-        """tensor_size: processes that share the heads."""
+        """dtype: of the queries, and of keys and values unless `int8`. tensor_size: processes that share the heads."""
         shape = (config.num_layers, num_rows, config.kv_heads // tensor_size, num_slots, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # zeros, because 0 * NaN of unwritten memory is NaN
+        kept = torch.int8 if int8 else dtype
+        self.keys = torch.zeros(shape, dtype=kept, device=device)  # zeros, because 0 * NaN of unwritten memory is NaN
         self.values = torch.zeros_like(self.keys)
+        self.scales = torch.zeros(2, *shape[:-1], device=device) if int8 else None
+        self.like = torch.empty(0, dtype=dtype, device=device)
         self.rows = self.slots = torch.empty(0, dtype=torch.int64)
 
     def begin_step(
@@ -144,9 +158,9 @@ class KVCache:
         """
         device, horizon = self.keys.device, int(slots.max()) + 1
         self.rows, self.slots = rows.to(device), slots.to(device)
-        self.queries = Queries.of(rows, slots, horizon, groups, self.keys)
+        self.queries = Queries.of(rows, slots, horizon, groups, self.like)
         some = None if groups is None else (groups[0][places], groups[1][places])
-        self.looked_at = places.to(device), Queries.of(rows[places], slots[places], horizon, some, self.keys)
+        self.looked_at = places.to(device), Queries.of(rows[places], slots[places], horizon, some, self.like)
 
     def begin_fixed(self, rows: Tensor, slots: Tensor, inside: Tensor, looked_at: Tensor) -> None:
         """As `begin_step`, at a fixed shape and of tensors on the device alone.
@@ -156,9 +170,9 @@ class KVCache:
         """
         own = torch.where(inside, slots, -1)
         self.rows, self.slots = rows[:, None].expand_as(slots).reshape(-1), slots.reshape(-1)
-        self.queries = Queries.fixed(rows, own, self.keys)
-        at = looked_at.reshape(-1)
-        self.looked_at = at, Queries.fixed(rows, own.view(-1)[at].view(looked_at.shape), self.keys)
+        at, horizon = looked_at.reshape(-1), self.keys.shape[3]
+        self.queries = Queries.fixed(rows, own, horizon, self.like)
+        self.looked_at = at, Queries.fixed(rows, own.view(-1)[at].view(looked_at.shape), horizon, self.like)
 
     @property
     def last(self) -> LastQueries:
@@ -167,15 +181,23 @@ class KVCache:
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` slots of one row over those of another."""
-        self.keys[:, target, :, :length] = self.keys[:, source, :, :length]
-        self.values[:, target, :, :length] = self.values[:, source, :, :length]
+        for x in (self.keys, self.values, *(() if self.scales is None else self.scales)):
+            x[:, target, :, :length] = x[:, source, :, :length]
 
-    def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep k and v (T, G, D) of what is fed; keys and values (rows, G, slots, D) of all rows."""
-        keys, values = self.keys[layer], self.values[layer]
+    def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keep k and v (T, G, D) of what is fed; keys, values (rows, G, slots, D) and scales of all rows."""
+        keys, values, scales = self.keys[layer], self.values[layer], None
+        if self.scales is not None:
+            scales = self.scales[:, layer]
+            own = (torch.stack([x.abs().amax(-1) for x in (k, v)]).float() / 127).clamp(
+                min=torch.finfo(torch.float32).tiny
+            )
+            k, v = ((x / scale[..., None]).round().to(torch.int8) for x, scale in zip((k, v), own, strict=True))
+            for i in range(2):
+                scales[i][self.rows, :, self.slots] = own[i]
         keys[self.rows, :, self.slots] = k
         values[self.rows, :, self.slots] = v
-        return keys, values
+        return keys, values, scales
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (T, N, D), k and v (T, G, D) -> (T, N, D)."""

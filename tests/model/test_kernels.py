@@ -357,13 +357,20 @@ def seen_by(kind, width, length):
 @pytest.mark.parametrize(
     ("heads", "groups", "width", "kind"), [(3, 3, 1, "causal"), (6, 2, 5, "causal"), (6, 2, 7, "groups"), (4, 1, 9, "groups")]
 )  # fmt: skip
-def test_rows_of_the_cache_attend_as_dense_arithmetic_says(monkeypatch, dtype, programs, heads, groups, width, kind):
+@pytest.mark.parametrize("int8", [False, True], ids=["full", "int8"])
+def test_rows_of_the_cache_attend_as_dense_arithmetic_says(
+    monkeypatch, dtype, programs, heads, groups, width, kind, int8
+):
     """Ragged rows, in another order than they are stored; the truth in fp64, of the same rounded numbers."""
     triton = pytest.importorskip("esolm_megatron.model.attention_triton")
     monkeypatch.setattr(triton, "PROGRAMS", programs)
     monkeypatch.setattr(triton, "BLOCK_K", 16)
     generator, lengths, head_dim = torch.Generator().manual_seed(4), (11, 66, 30), 12
     keys, values = torch.randn(2, 5, groups, 71, head_dim, generator=generator).to(dtype)
+    scales = None
+    if int8:
+        keys, values = ((30 * x).round().to(torch.int8) for x in (keys, values))
+        scales = torch.rand(2, 3, 5, groups, 71, generator=generator)[:, 1] / 20  # those of a layer, between others
     rows = torch.tensor([4, 0, 2])
     parts = [seen_by(kind, width, length) for length in lengths]
     seen = torch.full((3, width, 3), -1)
@@ -371,8 +378,11 @@ def test_rows_of_the_cache_attend_as_dense_arithmetic_says(monkeypatch, dtype, p
         seen[i, :queries] = numbers
     q = torch.randn(3 * width, heads, head_dim, generator=generator).to(dtype)
     for i, length in enumerate(lengths):  # nothing past a row's length is read
-        keys[rows[i], :, length:], values[rows[i], :, length:] = float("nan"), float("nan")
-    out = triton.attend(q, keys, values, rows, seen.view(-1, 3).int())
+        for x in (keys, values) if scales is None else scales:
+            x[rows[i], :, length:] = float("nan")
+    out = triton.attend(q, keys, values, rows, seen.view(-1, 3).int(), scales)
+    if scales is not None:
+        keys, values = (x * scale[..., None] for x, scale in zip((keys, values), scales, strict=True))
     assert out.dtype == dtype
     key, slot, limit, first = torch.arange(71), *seen.view(-1, 3, 1).unbind(1)
     hidden = (key > slot) | ((key >= limit) & (key < first))
@@ -403,9 +413,13 @@ def compiled(kernel, pointers, numbers, constants):
     triton.compile(ASTSource(kernel, kinds, values), target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
 
 sizes = {"HEAD": 64, "WIDE": 64}
-pointers = dict.fromkeys(["q", "keys", "values"], "*bf16") | {"rows": "*i64", "seen": "*i32", "out": "*fp32", "lse": "*fp32"}
-more = {"QUERIES": 2, "BLOCK_Q": 16, "BLOCK_K": 64, "EXACT": False}
-compiled(attention_triton._attend, pointers, {"row_stride": "i64", "scale": "fp32"}, sizes | more)
+pointers = dict.fromkeys(["q", "keys", "values", "scales"], "*bf16")
+pointers |= {"rows": "*i64", "seen": "*i32", "out": "*fp32", "lse": "*fp32"}
+more = {"QUERIES": 2, "BLOCK_Q": 16, "BLOCK_K": 64, "EXACT": False, "INT8": False}
+numbers = {"row_stride": "i64", "scales_stride": "i64", "scale": "fp32"}
+compiled(attention_triton._attend, pointers, numbers, sizes | more)
+narrow = {"keys": "*i8", "values": "*i8", "scales": "*fp32"}
+compiled(attention_triton._attend, pointers | narrow, numbers, sizes | more | {"INT8": True})
 compiled(attention_triton._merge, {"parts": "*fp32", "lse": "*fp32", "out": "*bf16"}, {}, sizes | {"SPLITS": 16})
 pointers = dict.fromkeys(["raw", "rows", "tokens"], "*i64") | dict.fromkeys(["logits", "sums", "log_probs"], "*fp32")
 compiled(draw_triton._draw, pointers | {"kinds": "*fp64"}, {}, {"BLOCKS": 256, "TILE": 16})

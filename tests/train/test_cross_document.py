@@ -15,7 +15,7 @@ from esolm_megatron.cli import main
 from esolm_megatron.config import ConfigError, check, load
 from esolm_megatron.data.prepare import PrepareConfig, prepare
 from esolm_megatron.data.stream import TokenStream, ValidationSet
-from esolm_megatron.evaluate import evaluate
+from esolm_megatron.evaluation import evaluate
 from esolm_megatron.model.size import mask_capacity
 from esolm_megatron.objective.esolm import document_numbers, draw_step, draw_validation, mean_loss, part_sums
 from esolm_megatron.train import preflight

@@ -37,14 +37,21 @@ class Decoder:
     order: (R + 1, L + 1), positions. rows: ids of the rows at work; as they lie in the cache, without fixed shapes. known:
     (R,) places that hold tokens, from the first on; cached: (R,) those whose keys are kept. passes: how many there were.
     fixed_shapes: run passes at a few shapes, of numbers on the device (inference/decoding/cuda_graphs.py); on GPUs by
-    default. record: such passes may be recorded, as `choose` asks nothing of the host.
+    default. record: such passes may be recorded, as `choose` asks nothing of the host. int8: keep keys and values in 8 bits.
     """
 
     def __init__(
-        self, model: EsoLM, fed: Tensor, order: Tensor, *, fixed_shapes: bool | None = None, record: bool = False
+        self,
+        model: EsoLM,
+        fed: Tensor,
+        order: Tensor,
+        *,
+        fixed_shapes: bool | None = None,
+        record: bool = False,
+        int8: bool = False,
     ):
         num_rows, length = (n - 1 for n in fed.shape)
-        self.model, self.fed, self.order = model, fed, order
+        self.model, self.fed, self.order, self.int8 = model, fed, order, int8
         self.fixed_shapes = fed.is_cuda if fixed_shapes is None else fixed_shapes
         self.record = record and fed.is_cuda
         self.products = FastProducts(model)
@@ -58,7 +65,7 @@ class Decoder:
         """Memory for all rows, taken when it is first needed."""
         num_rows, length = (n - 1 for n in self.fed.shape)
         dtype, size = self.model.embedding.weight.dtype, self.model.linears.tensor_size
-        return KVCache(self.model.shape, num_rows, length + 1, dtype, self.fed.device, tensor_size=size)
+        return KVCache(self.model.shape, num_rows, length + 1, dtype, self.fed.device, tensor_size=size, int8=self.int8)
 
     @cached_property
     def recorded(self) -> RecordedPasses:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from esolm_megatron.inference.request import Draw, Order, SampleRequest, Schedule
+from esolm_megatron.inference.request import Cache, Draw, Order, SampleRequest, Schedule
 from esolm_megatron.objective.noise import alpha, uniforms, words
 from esolm_megatron.objective.order import random_order
 
@@ -136,8 +136,9 @@ def _check(request: SampleRequest, mask_id: int) -> None:
     if not 0 <= request.alpha_0 <= 1:
         raise ValueError(f"alpha_0 = {request.alpha_0}: must lie in 0 (left to right only) to 1 (diffusion only)")
     named = request.order if isinstance(request.order, str) else "random"
-    for name, value, known in (("schedule", request.schedule, get_args(Schedule)), ("order", named, get_args(Order))):
-        if value not in known:
+    kinds = {"schedule": (request.schedule, Schedule), "order": (named, Order), "cache": (request.cache, Cache)}
+    for name, (value, kind) in kinds.items():
+        if value not in (known := get_args(kind)):
             raise ValueError(f"{name} = {value!r}: must be one of {', '.join(known)}")
     if named == "block_distant" and request.schedule != "uniform":
         raise ValueError(

@@ -85,7 +85,9 @@ def decode_verified(
     length, device, draw = fed.shape[1], fed.device, request.draw
     most = MOST if isinstance(request.propose, str) else request.propose
     dtype, size = model.embedding.weight.dtype, model.linears.tensor_size
-    cache = KVCache(model.shape, len(fed), length + most * (most + 1), dtype, device, tensor_size=size)
+    cache = KVCache(
+        model.shape, len(fed), length + most * (most + 1), dtype, device, tensor_size=size, int8=request.cache == "int8"
+    )
     products = FastProducts(model)
     rows = [_Row(i, num_given) for i in range(len(fed)) if num_given < length]
     count, known = 0, np.full(len(fed), num_given)

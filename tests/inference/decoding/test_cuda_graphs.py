@@ -140,7 +140,7 @@ class Host(TorchDispatchMode):
 def counted_pass(options, rows=3, length=24, **shape):
     """Operators of one pass of a sampler through a GPU's branches, and what it asked the host."""
     model = random_model(**MODERN, **shape).bfloat16()
-    sampler = Sampler(model, rows, length, fixed_shapes=True)
+    sampler = Sampler(model, rows, length, fixed_shapes=True, cache=options.get("cache", "full"))
     sampler.add_all(plan_rows(SampleRequest(rows, length, alpha_0=1.0, **options), model.shape.mask_id))
     with torch.inference_mode(), cuda_operators():
         sampler.kernel = fused_draw(sampler.log_probs)
@@ -156,7 +156,7 @@ def test_a_pass_asks_the_host_nothing():
     """What a GPU records, by the operators that it calls: also with a nucleus, top-k and a penalty."""
     pytest.importorskip("triton")
     uniform = {"schedule": "uniform", "steps": 12}
-    for options in ({}, {"top_p": 0.5, "top_k": 7, "repetition_penalty": 1.2}):
+    for options in ({}, {"top_p": 0.5, "top_k": 7, "repetition_penalty": 1.2}, {"cache": "int8"}):
         assert counted_pass({**uniform, **options}).asked == []
     with Host() as seen:
         assert torch.ones(3).any()
@@ -178,8 +178,10 @@ def test_a_pass_has_few_operators():
         {"schedule": "uniform", "steps": 3, "own_schedules": True},
         {"schedule": "uniform", "steps": 3, "top_k": 9, "repetition_penalty": 1.3, "stop_id": 4},
         {"schedule": "first_hitting", "steps": 1, "propose": 3},
+        {"schedule": "uniform", "steps": 3, "own_schedules": True, "cache": "int8"},
+        {"schedule": "first_hitting", "steps": 1, "propose": 3, "cache": "int8"},
     ],
-    ids=["plain", "penalised and stopped", "proposals"],
+    ids=["plain", "penalised and stopped", "proposals", "int8", "int8 and proposals"],
 )
 def test_the_branch_of_a_gpu_draws_the_tokens_of_a_cpu(monkeypatch, options):
     """Fixed shapes, both kernels and late reading together, in fp32, from the same words."""

@@ -11,11 +11,15 @@ import torch
 from parity import MODERN, random_model
 from rich.console import Console
 
-from esolm_megatron.config import ConfigError, ObjectiveConfig
-from esolm_megatron.evaluate import TextRows, as_dict, evaluate, table, unigram_entropy
+from esolm_megatron.config import ObjectiveConfig
+from esolm_megatron.evaluation import TextRows, evaluate, unigram_entropy
+from esolm_megatron.evaluation.bounds import Bounds, Rows
+from esolm_megatron.evaluation.report import bounds_table as table
+from esolm_megatron.evaluation.report import bounds_tree as as_dict
 from esolm_megatron.model.attention import PackedAttention
-from esolm_megatron.objective.esolm import document_numbers, draw_validation, mean_loss, part_sums
+from esolm_megatron.objective.esolm import document_numbers, draw_orders, draw_validation, mean_loss, part_sums
 from esolm_megatron.objective.likelihood import log_likelihood
+from esolm_megatron.objective.noise import elbo_weight
 
 NAMES = ("nelbo", "any_order", "importance_weighted", "left_to_right")
 
@@ -202,16 +206,68 @@ def test_texts_are_told_per_word_and_per_byte():
     for said in ("27 bytes for 26 tokens", *(x.estimator for x in found.estimates.values())):
         assert said in " ".join(console.export_text(clear=False).split())
     assert (tree["num_words"], tree["num_bytes"]) == (6, 27)
-    asked = iter(texts)
-    assert len(TextRows.of(asked, lambda text: [1] * len(text), 5, 3).tokens) == 3, (
-        "no document is read that is not needed"
-    )
-    assert next(asked) == texts[3]
     wordless = TextRows.of(["  "], lambda text: [1] * len(text), 5, 1)
     assert wordless.num_words == 0
     assert as_dict(found, wordless)["nelbo"]["word_perplexity"] is None
-    with pytest.raises(ConfigError, match="every document is empty"):
-        TextRows.of(["", ""], lambda text: [1] * len(text), 5, 1)
+
+
+def test_tokens_that_are_given_are_seen_and_do_not_count():
+    """Windows: the context comes first from the left, whatever the order of what counts; by the exact likelihood."""
+    model, objective = random_model(), ObjectiveConfig(alpha_0=1)
+    tokens, valid = joined(random_batches(padding=4))
+    scored = valid.copy()
+    scored[:, :5] = False
+    job = Bounds(model, Rows.of([(tokens, valid)], 22, scored), objective, 3, 4, 2)
+    assert job.given
+    found = job.result([job.part(n) for n in range(job.count)])
+    exact = straight = 0.0
+    for row in range(7):
+        x = torch.from_numpy(tokens[row, valid[row]])[None]
+        places = torch.arange(x.shape[1])[None]
+        straight -= log_likelihood(model, x, places, scored=places >= 5).item()
+        for k in range(3):
+            order = draw_orders(scored[row : row + 1], np.array([row]), 1.0, 4, "evaluate", k)[0]
+            order = torch.tensor([[*range(5), *(p for p in order if scored[row, p])]])
+            exact -= log_likelihood(model, x, order, scored=torch.arange(x.shape[1])[None] >= 5).item() / 3
+    assert found.num_tokens == scored.sum() < valid.sum()
+    assert found.any_order.nats_per_token == pytest.approx(exact / scored.sum(), rel=1e-12)
+    assert found.left_to_right.nats_per_token == pytest.approx(straight / scored.sum(), rel=1e-12)
+    assert (found.nelbo, found.diffusion_part, found.by_time) == (None, None, None)
+    assert "nelbo" not in found.estimates
+    assert as_dict(found)["nelbo"] is None
+    nothing = np.zeros((7, 13), bool)
+    with pytest.raises(ValueError, match=r"scored \(7, 12\) must have the shape"):
+        Rows.of([(tokens, valid)], 22, nothing[:, 1:])
+
+
+def test_curves_are_the_parts_of_the_whole():
+    model, objective = random_model(), ObjectiveConfig(alpha_0=0.6)
+    tokens, valid = joined(random_batches(padding=4))
+    found = evaluate(model, random_batches(padding=4), objective, orders=2, seed=3)
+    at = valid.sum(0)
+    for name, curve in found.by_position.items():
+        assert curve.edges == [float(n) for n in range(14)]
+        total = sum(nats * count for nats, count in zip(curve.nats, at, strict=True))
+        assert total / valid.sum() == pytest.approx(getattr(found, name).nats_per_token, rel=1e-12)
+    first = log_likelihood(
+        model, torch.from_numpy(tokens[2:]), torch.arange(13).expand(5, -1), scored=torch.arange(13).expand(5, -1) == 12
+    )
+    assert found.by_position["left_to_right"].nats[12] == pytest.approx(-first.mean().item(), rel=1e-12), (
+        "unpadded rows reach it"
+    )
+    rows = Rows.of([(tokens, valid)], 22)
+    parts = [Bounds(model, rows, objective, 2, 3, 4).part(n) for n in range(2)]
+    times, masked, nats = (
+        np.concatenate([part[name] for part in parts]) for name in ("times", "masked", "masked_nats")
+    )
+    weights = np.array([elbo_weight(np.array([t]), 0.6, objective.time_epsilon)[0] for t in times])
+    assert (weights * nats).sum() / valid.sum() == pytest.approx(found.diffusion_part, rel=1e-12)
+    for low, value in zip(found.by_time.edges, found.by_time.nats, strict=False):
+        mine = (times >= low) & (times < low + 0.1)
+        assert value == (pytest.approx(nats[mine].sum() / masked[mine].sum()) if masked[mine].sum() else None)
+    long = evaluate(random_model(seq_length=130), random_batches(rows=2, length=130), objective)
+    assert len(long.by_position["any_order"].nats) == 64
+    assert evaluate(model, random_batches(), ObjectiveConfig(alpha_0=0)).by_time is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,69 @@
+"""Numbered parts: each is done once, by whoever comes to it, and only for the evaluation that they belong to."""
+
+import json
+import threading
+
+import pytest
+
+from esolm_megatron.config import ConfigError
+from esolm_megatron.evaluation.shares import shared
+
+
+class Squares:
+    """Counts who did what; dies at a part."""
+
+    def __init__(self, count=7, dies_at=None):
+        self.count, self.tokens, self.dies_at, self.done = count, count, dies_at, []
+
+    def part(self, number):
+        if number == self.dies_at:
+            raise KeyboardInterrupt
+        self.done.append(number)
+        return {"square": [number**2], "float": number / 3}
+
+
+WANTED = [{"square": [n**2], "float": n / 3} for n in range(7)]
+
+
+def test_without_a_folder_it_is_done_here():
+    told = []
+    assert shared(Squares(), progress=lambda *x: told.append(x)) == WANTED
+    assert told == [(n, 7) for n in range(7)]
+    with pytest.raises(ConfigError, match="give out=FOLDER"):
+        shared(Squares(), size=2)
+
+
+def test_what_is_done_is_not_done_again(tmp_path):
+    first = Squares(dies_at=4)
+    with pytest.raises(KeyboardInterrupt):
+        shared(first, tmp_path, {"seed": 1})
+    assert first.done == [0, 1, 2, 3]
+    (tmp_path / "parts" / "0000005.json.77.new").write_text("{half of")  # as a kill leaves it
+    second, told = Squares(), []
+    assert shared(second, tmp_path, {"seed": 1}, progress=lambda *x: told.append(x)) == WANTED
+    assert second.done == [4, 5, 6]
+    assert (told[0], told[-1]) == ((4, 7), (7, 7))
+    for settings, said in (
+        ({"seed": 2}, "seed = 1, now 2"),
+        ({"seed": 1, "orders": 3}, "orders = None, now 3"),
+        ({}, "seed = 1, now None"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            shared(Squares(), tmp_path, settings)
+
+
+def test_processes_share_and_the_first_puts_together(tmp_path):
+    jobs, found = [Squares(), Squares(), Squares()], [None] * 3
+
+    def work(rank):
+        found[rank] = shared(jobs[rank], tmp_path, {"seed": 1}, rank=rank, size=3)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [job.done for job in jobs] == [[0, 3, 6], [1, 4], [2, 5]]
+    assert found == [WANTED, None, None]
+    assert json.loads((tmp_path / "settings.json").read_text()) == {"seed": 1}
+    assert shared(Squares(dies_at=0), tmp_path, {"seed": 1}, rank=0, size=2) == WANTED, "another number of processes"
