@@ -107,6 +107,14 @@ def test_texts_are_evaluated_as_they_are(folder, tmp_path, capsys):
     ):
         assert main([verb[0], str(folder / "model"), *verb[1:]]) == 2
         assert "cut.jsonl.gz': cannot be read to its end" in capsys.readouterr().err
+    (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    for verb, name in (("eval", "text"), ("score", "file")):
+        words = [verb, str(folder / "model"), f"{name}={tmp_path}/latin.txt"]
+        assert main(words) == 2
+        assert "set encoding" in capsys.readouterr().err
+        assert main([*words, "encoding=latin-1"]) == 0
+        assert main([*words, "encoding=latin-99"]) == 2
+        assert "encoding = 'latin-99': unknown encoding" in capsys.readouterr().err
     lines.write_text(json.dumps({"body": 3}) + "\n")
     assert main(["eval", str(folder / "model"), f"text={lines}", "text_field=body"]) == 2
     assert "body" in capsys.readouterr().err

@@ -234,3 +234,13 @@ def test_training_steps_lower_the_loss(precision, cuda_graphs):
     engine.close()
     assert losses[0] == pytest.approx(truth, rel=1e-3 if precision == "fp32" else 2e-2)
     assert losses[-1] < losses[0] - 0.1
+
+
+@pytest.mark.parametrize("job", ["linears", "norms"])
+def test_transformer_engine_is_right_where_it_is(job):
+    pytest.importorskip("transformer_engine.pytorch")
+    from esolm_megatron.parallel import nvidia_te
+
+    train = {"precision": "bf16", "fp8": "tensorwise", "kernels": {job: "te"}}
+    config = make_config(WIDE | {"num_layers": 4, "hidden_size": 256, "num_heads": 4}, train=train)
+    assert "Transformer Engine's" in nvidia_te.tried(config, job, torch.device("cuda"))

@@ -36,6 +36,8 @@ class TextOptions(Placed):
     """Text instead: a file (.txt, .jsonl, .parquet, ...), a folder or glob of them, or hf://; also told per word and per byte."""
     text_field: str = "text"
     """Field of `text` that holds the documents."""
+    encoding: str = "utf-8"
+    """Of files of `text` that are a document; all else is UTF-8."""
     zero_shot: str | None = None
     """`text` is this set of the reference, such as wikitext103 or ptb: its split, its field, made plain and joined as there."""
     num_sequences: int = Field(256, ge=1)
@@ -89,7 +91,7 @@ class CompareOptions(TextOptions):
 
 _EVERY = {"what", "out", "num_sequences", "seq_length", "batch_size", "seed", *Placed.model_fields}
 _USES = {
-    "perplexity": {"data", "text", "text_field", "zero_shot", "stride", "orders", "alpha_0", *_EVERY},
+    "perplexity": {"data", "text", "text_field", "encoding", "zero_shot", "stride", "orders", "alpha_0", *_EVERY},
     "generation": {
         "steps",
         "schedule",
@@ -186,22 +188,22 @@ def _digest(*values: Any) -> str:
     return hashlib.sha256(repr(values).encode()).hexdigest()
 
 
-def _texts(name: str, setting: str, field: str = "text") -> Iterator[str]:
+def _texts(name: str, setting: str, field: str = "text", encoding: str = "utf-8") -> Iterator[str]:
     from esolm_megatron.data.prepare.inputs import read_texts
     from esolm_megatron.data.prepare.text_field import TextField
 
-    return read_texts(name, setting, TextField.of(field))
+    return read_texts(name, setting, TextField.of(field), encoding)
 
 
 def _check_text(chosen: TextOptions) -> None:
     if (chosen.data is None) == (chosen.text is None):
         raise ConfigError("data and text: give one of them")
-    for name in ("text_field", "zero_shot", "stride"):
+    for name in ("text_field", "encoding", "zero_shot", "stride"):
         if chosen.text is None and name in chosen.model_fields_set:
             raise ConfigError(f"{name} = {getattr(chosen, name)!r}: goes with text; prepared data has no documents")
-    if chosen.zero_shot is not None and {"stride", "text_field"} & chosen.model_fields_set:
+    if chosen.zero_shot is not None and {"stride", "text_field", "encoding"} & chosen.model_fields_set:
         raise ConfigError(
-            f"zero_shot = {chosen.zero_shot!r}: has its own field and rows; leave out stride and text_field"
+            f"zero_shot = {chosen.zero_shot!r}: has its own field and rows; leave out stride, text_field and encoding"
         )
     if chosen.orders == 0:
         raise ConfigError("orders = 0: must be at least 1; left_to_right is told beside it")
@@ -223,7 +225,7 @@ def _bounds(chosen: TextOptions, folder: Path, quiet: bool) -> Any:
         texts = (
             zero_shot.documents(chosen.zero_shot, chosen.text)
             if chosen.zero_shot
-            else _texts(chosen.text, "text", chosen.text_field)
+            else _texts(chosen.text, "text", chosen.text_field, chosen.encoding)
         )
     model = chosen.load(str(folder), each=True)
     length, documents, whole = chosen.seq_length or model.config.seq_length, None, None

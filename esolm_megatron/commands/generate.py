@@ -63,6 +63,8 @@ class ScoreOptions(Placed):
     """The text to score."""
     file: str | None = None
     """Files instead, read as `esolm data prepare` reads: a line of a .jsonl is a text, in its field `text`; a .txt is one text."""
+    encoding: str = "utf-8"
+    """Of a .txt and other files that are a text."""
     prompt: str = ""
     """Text before it, which is given and not counted."""
     orders: int = Field(4, ge=1)
@@ -265,7 +267,7 @@ def texts_to_score(chosen: ScoreOptions) -> list[str]:
         return [chosen.text]
     from esolm_megatron.data.prepare.inputs import read_texts
 
-    texts = list(read_texts(str(chosen.file), "file"))
+    texts = list(read_texts(str(chosen.file), "file", encoding=chosen.encoding))
     if not texts:
         raise ConfigError(f"file = {chosen.file!r}: has no text")
     return texts

@@ -74,7 +74,9 @@ def run_train(args: argparse.Namespace) -> int:
     from esolm_megatron.train.preflight import check_run
 
     config = course.change(course.with_changes(load(args.path, args.overrides)), args.change)
-    if config.train.fp8 != "none":  # the extra that brings it brings the others, too
+    if (
+        config.train.fp8 != "none" and config.train.kernels.linears != "te"
+    ):  # the extra that brings it brings the others, too
         require(("torchao",), f"train.fp8={config.train.fp8}")
     require(("deepspeed", "megatron"), "training")
     check_run(config, int(os.environ.get("WORLD_SIZE", args.processes or 1)))

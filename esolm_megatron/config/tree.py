@@ -125,6 +125,10 @@ class KernelsConfig(Section):
     """torch's own flash attention, cuDNN's for calls of a lasting shape, flash-attn 2, or flash-attention 3 or 4 behind torch."""
     gradients: Literal["auto", "torch", "apex", "deepspeed"] = "auto"
     """Adding up weight gradients in fp32: in torch's or NVIDIA Apex's products, or in DeepSpeed, rounded to bf16 before."""
+    linears: Literal["auto", "torchao", "te"] = "auto"
+    """Products in fp8, if train.fp8 asks for them: torchao's, or those of NVIDIA's Transformer Engine, which auto never takes."""
+    norms: Literal["auto", "torch", "te"] = "auto"
+    """Of blocks: torch's, compiled with what is around them, or those of NVIDIA's Transformer Engine, which auto never takes."""
     loss: Literal["auto", "torch", "triton"] = "auto"
     """What is between the products of the loss: torch's operators or the project's Triton kernels."""
 
@@ -311,8 +315,14 @@ def _compile_problems(c: Any) -> Iterator[str]:
 
 def _fp8_problems(c: Any) -> Iterator[str]:
     m, p, t, least = c.model, c.parallel, c.train, 2 * c.train.fp8_skip_blocks + 1
+    if t.kernels.linears != "auto" and t.fp8 == "none":
+        yield f"train.kernels.linears = {t.kernels.linears}: is for products in fp8; set train.fp8=tensorwise, or auto"
+    if t.kernels.norms == "te" and (t.precision != "bf16" or t.cuda_graphs):
+        yield "train.kernels.norms = te: is for bf16 runs without train.cuda_graphs; set auto"
     if t.fp8 == "none":
         return
+    if t.kernels.linears == "te" and (t.fp8 != "tensorwise" or t.cuda_graphs):
+        yield "train.kernels.linears = te: has one scale a tensor, and is in no graph; set train.fp8=tensorwise, cuda_graphs=false"
     if t.precision != "bf16":
         yield f"train.fp8 = {t.fp8}: its weights are bf16; set train.precision=bf16"
     if p.zero_stage == 3:

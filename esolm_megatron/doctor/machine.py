@@ -238,8 +238,8 @@ def _transformer_engine(machine: Machine) -> Finding:
     folder = machine.folder("transformer_engine")
     if folder is None:
         advice = (
-            "nothing breaks: fp8 (train.fp8) is torchao's; layers and norms come from megatron-core and torch. Build it with "
-            "`pip install --no-build-isolation transformer-engine[pytorch]`"
+            "nothing breaks: fp8 (train.fp8) is torchao's, norms are torch's. train.kernels.linears and norms may name it (te) "
+            "once it is built: `pip install --no-build-isolation transformer-engine[pytorch]`"
         )
         return Finding("Transformer Engine", "note", "not installed", advice)
     version = machine.version("transformer-engine") or "found"

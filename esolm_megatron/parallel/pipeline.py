@@ -17,7 +17,7 @@ from esolm_megatron.model.layers import Linears
 from esolm_megatron.model.size import layers_of_stages
 from esolm_megatron.model.transformer import EsoLM, initialise
 from esolm_megatron.objective.esolm import PackedBatch, mean_loss, part_sums, token_counts
-from esolm_megatron.parallel import float8
+from esolm_megatron.parallel import float8, nvidia_te
 from esolm_megatron.parallel.context import ContextAttention, ContextLastBlock
 from esolm_megatron.parallel.main_grad import AccumulatingLinears
 from esolm_megatron.parallel.megatron_layers import DTYPES, MegatronLinears
@@ -29,7 +29,7 @@ def build_chunks(config: Config, megatron: TransformerConfig, topology: Topology
     compiled = config.train.compile if config.train.compile is not None else device.type == "cuda"
     linears: Linears = MegatronLinears(megatron, topology, device)
     # ZeRO 3 fetches weights around calls of modules, and megatron-core's layers are not one graph
-    apart = topology.tensor_size > 1 or config.parallel.zero_stage == 3
+    apart = topology.tensor_size > 1 or config.parallel.zero_stage == 3 or nvidia_te.wanted(config)
     if compiled and not apart:
         linears = AccumulatingLinears(DTYPES[config.train.precision], device, pad_vocab=True)
     num_stages, num_chunks = topology.pipeline_size, config.parallel.virtual_pipeline_size
@@ -46,9 +46,11 @@ def build_chunks(config: Config, megatron: TransformerConfig, topology: Topology
             offload=config.parallel.offload_activations,
         )
         initialise(model, config.seed, config.optim.width_ratio(config.model.hidden_size))
-        float8.attach(model, config, device.type, compiled=compiled and apart)
+        if config.train.kernels.linears != "te":
+            float8.attach(model, config, device.type, compiled=compiled and apart)
         if compiled:
             model.compile_blocks(cuda_graphs=config.train.cuda_graphs, apart=apart)
+        nvidia_te.attach(model, config)
         # what megatron-core's schedules look up on a model
         model.config, model.model_type = megatron, ModelType.encoder_or_decoder  # type: ignore[assignment]
         model.vp_stage = chunk if num_chunks > 1 else None  # type: ignore[assignment]

@@ -16,7 +16,7 @@ from esolm_megatron.config import Config, ConfigError
 from esolm_megatron.model import flash, kernels, loss
 from esolm_megatron.model.size import run_capacity
 from esolm_megatron.objective.esolm import micro_batch_layout
-from esolm_megatron.parallel import groups, main_grad
+from esolm_megatron.parallel import groups, main_grad, nvidia_te
 from esolm_megatron.parallel.groups import from_first_rank
 from esolm_megatron.topology import Topology
 
@@ -30,8 +30,8 @@ def choose(config: Config, topology: Topology, device: torch.device) -> dict[str
     compiled = config.train.compile if config.train.compile is not None else device.type == "cuda"
     return {
         "attention": _attention(config, topology, device),
-        "linears": _linears(config, topology, compiled),
-        "norms": "torch, compiled" if compiled else "torch",
+        "linears": _linears(config, topology, compiled, device),
+        "norms": _norms(config, compiled, device),
         "gradients": _gradients(config, topology, device),
         "loss": _loss(config, device),
         "optimizer": _optimizer(config),
@@ -75,13 +75,24 @@ def _attention(config: Config, topology: Topology, device: torch.device) -> str:
     return "; ".join([chosen, *flash.use(from_first_rank(times, device), calls, wanted=wanted)])
 
 
-def _linears(config: Config, topology: Topology, compiled: bool) -> str:
-    split = topology.tensor_size > 1 or config.parallel.zero_stage == 3
+def _norms(config: Config, compiled: bool, device: torch.device) -> str:
+    torchs = "torch, compiled" if compiled else "torch"
+    if config.train.kernels.norms != "te":
+        return torchs
+    return f"Transformer Engine's in blocks ({nvidia_te.tried(config, 'norms', device)}); {torchs}, for the others"
+
+
+def _linears(config: Config, topology: Topology, compiled: bool, device: torch.device) -> str:
+    split = topology.tensor_size > 1 or config.parallel.zero_stage == 3 or nvidia_te.wanted(config)
     plain = "torch, compiled with what is between them" if compiled and not split else "megatron-core"
     skip, layers = config.train.fp8_skip_blocks, config.model.num_layers
     if config.train.fp8 == "none":
         return plain
-    return f"torchao's fp8, {config.train.fp8}, in blocks {skip} to {layers - skip - 1}; {plain} in the others"
+    if config.train.kernels.linears == "te":
+        who = f"Transformer Engine's fp8 ({nvidia_te.tried(config, 'linears', device)})"
+    else:
+        who = f"torchao's fp8, {config.train.fp8}"
+    return f"{who}, in blocks {skip} to {layers - skip - 1}; {plain} in the others"
 
 
 def _gradients(config: Config, topology: Topology, device: torch.device) -> str:

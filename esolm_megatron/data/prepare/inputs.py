@@ -263,26 +263,32 @@ def read_documents(
     meter.done = piece.bytes
 
 
-def read_texts(name: str, setting: str, field: TextField = TEXT) -> Iterator[str]:
+def read_texts(name: str, setting: str, field: TextField = TEXT, encoding: str = "utf-8") -> Iterator[str]:
     """The texts of a file, folder, glob or dataset, in order, read as they are asked for; messages call it `setting`.
 
+    encoding: of files that are a document; all else is UTF-8.
+
     Raises:
-        ConfigError: it stands for no file of a known kind, or one that does not begin with a text; later, a file that cannot be
-            read to its end, or a document that is no text.
+        ConfigError: Python knows no such encoding; the name stands for no file of a known kind, or one that does not begin with a
+            text; later, a file that cannot be read to its end, or a document that is no text.
     """
+    try:
+        b"text".decode(encoding)
+    except (LookupError, UnicodeError) as error:
+        raise ConfigError(f"encoding = {shown(encoding)}: {error}; as utf-8, latin-1, cp1252") from error
     files = find_inputs([name], setting).files
     for path in files:
         with of_setting(setting, path):
             check_input(path, field)
     if not files:
         raise ConfigError(f"{setting} = {STDIN!r}: standard input is not read here; give a file")
-    return (text for path in files for text in _texts(path, setting, field))
+    return (text for path in files for text in _texts(path, setting, field, encoding))
 
 
-def _texts(path: str, setting: str, field: TextField) -> Iterator[str]:
+def _texts(path: str, setting: str, field: TextField, encoding: str) -> Iterator[str]:
     try:
         for piece in cut(path, 1 << 62, field):
-            for found in read_documents(piece, field):
+            for found in read_documents(piece, field, encoding):
                 if isinstance(found, Bad):
                     said = filter(None, [place(piece, found.number), found.why, found.detail])
                     raise ConfigError(f"{setting}: {', '.join(said)}")
