@@ -30,19 +30,22 @@ def parser() -> argparse.ArgumentParser:
     def fields(made: argparse.ArgumentParser, what: str) -> None:
         made.add_argument("overrides", nargs="*", metavar="field=value", help=what)
 
-    for name, action, text in (
-        ("plan", run.run_plan, "what a run will cost: parameters, memory, FLOPs, days"),
-        ("train", run.run_train, "train, or continue, the run of a YAML file"),
-    ):
-        made = verb(name, action, text)
-        made.add_argument("path", metavar="RUN.yaml")
-        made.add_argument("--processes", type=int, default=None, metavar="N", help="processes on this machine")
-        fields(made, "override section.field of the file")
-        if name == "train":
-            made.add_argument("--change", action="append", default=[], metavar="field=value", help=_CHANGE)
-        if name == "plan":
-            made.add_argument("--device", default="H100", help="GPU that is planned for")
-            made.add_argument("--mfu", type=float, default=0.4, help="share of its peak that is assumed")
+    made = verb("plan", run.run_plan, "what a run will cost: memory, time, failures; or the fastest layouts of it")
+    made.add_argument(
+        "path", metavar="[search] RUN.yaml", help="`search RUN.yaml --gpus N` ranks the layouts on N GPUs"
+    )
+    made.add_argument("--processes", "--gpus", type=int, default=None, metavar="N", help="processes, a GPU for each")
+    made.add_argument("--device", default=None, help="GPU that is planned for; default: H100, or that of --on")
+    made.add_argument("--mfu", type=float, default=None, help="assume this share of its peak; default: predict it")
+    made.add_argument("--on", metavar="CLUSTER.yaml", help="the cluster's GPUs, wires and failures")
+    made.add_argument("--plot", metavar="FILE.png", help="draw a step by stage, and memory by part")
+    made.add_argument("--law", metavar="LAW.json", help="predict the loss by the law that tools/study.py fitted")
+    fields(made, "override section.field of the file")
+    made = verb("train", run.run_train, "train, or continue, the run of a YAML file")
+    made.add_argument("path", metavar="RUN.yaml")
+    made.add_argument("--processes", type=int, default=None, metavar="N", help="processes on this machine")
+    fields(made, "override section.field of the file")
+    made.add_argument("--change", action="append", default=[], metavar="field=value", help=_CHANGE)
     made = verb("launch", jobs.run_launch, "start the run of a YAML file on a cluster, and keep it alive there")
     made.add_argument("path", metavar="RUN.yaml")
     made.add_argument("--on", required=True, metavar="CLUSTER.yaml", help="see slurm/clusters")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 VOCAB_MULTIPLE = 128
 """Of rows of the vocabulary on a rank: the products of other sizes run at half speed or less on GPUs (docs/performance.md)."""
@@ -58,6 +59,7 @@ class Topology:
         return self.tensor_size * self.context_size
 
 
+@cache
 def balanced_stages(
     num_layers: int, num_stages: int, num_chunks: int = 1, *, first_load: float = 0.0, last_load: float = 0.0
 ) -> tuple[int, ...]:

@@ -45,6 +45,7 @@ NOT_RUN = {
     "esolm lm-eval run --model esolm --model_args pretrained=runs/quickstart/model --tasks TASK --include_path FOLDER": (
         "tests/inference/test_harness.py runs it on tasks of its own"
     ),
+    "python tools/study.py runs/study --scale medium --parts scaling": "an hour; tests/test_study.py runs the smallest",
     "python tools/study.py runs/study": "an hour; tests/test_study.py runs the smallest",
     "bash tools/gpu_check.sh --device cpu --size tiny": "tests/test_gpu_check.py runs it",
     "pip install -e '.[train]'": INSTALLS,
@@ -115,7 +116,7 @@ class Command(NamedTuple):
     @property
     def num_processes(self):
         words, count = self.words, 1
-        for flag in ("--processes", "--nnodes", "--nproc-per-node"):
+        for flag in ("--processes", "--gpus", "--nnodes", "--nproc-per-node"):
             count *= int(words[words.index(flag) + 1]) if flag in words else 1
         return count
 
@@ -170,8 +171,12 @@ def test_a_command_is_run_or_says_why_not():
 def test_a_command_is_grammar_and_its_run_fits_its_processes(command):
     args, rest = parser().parse_known_args(command.esolm_words)
     assert all("=" in word and not word.startswith("-") for word in rest)
-    if args.verb in ("train", "plan") and command.expected is None:
-        config = load(ROOT / args.path, [*args.overrides, *rest])
+    if args.verb in ("train", "plan") and command.expected is None and getattr(args, "on", None) is None:
+        path, *words = [args.path, *args.overrides, *rest]
+        if path == "search":  # which looks for the layout
+            assert load(ROOT / words[0], words[1:])
+            return
+        config = load(ROOT / path, words)
         assert world_problems(config, command.num_processes, config.train.device) == []
 
 
@@ -224,7 +229,8 @@ def said(folder, file, words=(), code=""):
 def walk(tmp_path_factory):
     """The temporary repository, and (status, output) of each command in it, in the order of the pages."""
     folder = tmp_path_factory.mktemp("repository")
-    (folder / "configs").symlink_to(ROOT / "configs")
+    for name in ("configs", "slurm"):
+        (folder / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "esolm_megatron", folder / "my_text", ignore=shutil.ignore_patterns("__pycache__"))
     outputs = tmp_path_factory.mktemp("outputs")
     answers = {}

@@ -43,7 +43,7 @@ from esolm_megatron.evaluation import evaluate
 from esolm_megatron.inference import sample
 from esolm_megatron.inference.decoding.draw import Draw, draw_tokens
 from esolm_megatron.model.layers import PlainLinears
-from esolm_megatron.model.size import mask_capacity
+from esolm_megatron.model.size import layer_parameters, mask_capacity
 from esolm_megatron.model.transformer import EsoLM, initialise
 from esolm_megatron.objective.esolm import draw_diffusion, draw_step, mean_loss, part_sums
 from esolm_megatron.objective.likelihood import importance_weighted, log_likelihood
@@ -344,13 +344,14 @@ class Study:
             self.model(SCALED, seed, width)  # a study that is cut short has whole seeds
         for width in [*widths, None]:
             models = [self.model(SCALED, seed, width) for seed in seeds]
-            inner = sum(p.numel() for p in models[0].parameters()) - 2 * models[0].embedding.weight.numel()
+            inner = models[0].shape.num_layers * layer_parameters(models[0].shape)
             nelbo = [self._bounds(model, SCALED)["nelbo"] for model in models]
             sizes.append({"width": width or self.scale.width, "parameters": inner, "nelbo": nelbo})
         law = fitted_law([x["parameters"] for x in sizes[:-1]], [spread(x["nelbo"])[0] for x in sizes[:-1]])
         return {
             "sizes": sizes,
             "law": law,
+            "tokens": self.scale.steps * self.scale.batch * self.scale.length,
             "predicted": law["floor"] + law["scale"] * sizes[-1]["parameters"] ** -law["power"],
         }
 

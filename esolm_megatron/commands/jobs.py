@@ -72,7 +72,7 @@ def _dry_run(args: argparse.Namespace, planned) -> int:  # type: ignore[no-untyp
 
     cluster, first = planned.cluster, planned.launches[0]
     srun = shlex.join(srun_command(cluster, "rank", first.folder, f"{first.run_dir}/logs/JOB.COUNT/rank_%5t.txt"))
-    cost = plan(first.config, cluster.num_ranks, device=cluster.gpu)
+    cost = plan(first.config, cluster.num_ranks, device=cluster.gpu, fabric=cluster.wires)
     jobs = math.ceil(24 * cost.days / cluster.time_h)
     runs = [str(launch.run_dir) for launch in planned.launches]
     if args.json:

@@ -12,16 +12,37 @@ from pathlib import Path
 from rich.table import Table
 
 from esolm_megatron.commands import show
-from esolm_megatron.config import load
+from esolm_megatron.config import ConfigError, load
 from esolm_megatron.errors import require
 from esolm_megatron.terminal import Terminal
 
 
 def run_plan(args: argparse.Namespace) -> int:
-    """What the run will cost."""
-    from esolm_megatron.plan import plan
+    """What the run will cost, or which layouts of it are the fastest."""
+    from esolm_megatron.plan import DEVICES, Fabric, fastest_layouts, plan
+    from esolm_megatron.plan.picture import draw
 
-    result = plan(load(args.path, args.overrides), args.processes, device=args.device, mfu=args.mfu)
+    searching, words = args.path == "search", list(args.overrides)
+    if searching and not words:
+        raise ConfigError("plan search: give the run's YAML file")
+    path = words.pop(0) if searching else args.path
+    fabric, device, processes = Fabric(), args.device, args.processes
+    if args.on is not None:
+        from esolm_megatron.launch.site import load_cluster
+
+        cluster = load_cluster(args.on)
+        fabric, device, processes = cluster.wires, device or cluster.gpu, processes or cluster.num_ranks
+    device = device or "H100"
+    if searching:
+        if processes is None or args.mfu is not None or args.plot is not None or args.law is not None:
+            raise ConfigError("plan search: takes --gpus N, --device and --on")
+        found = fastest_layouts(load(path, words), processes, device=device, fabric=fabric)
+        show(found, found.as_dict, args.json)
+        return 0
+    config = load(path, words)
+    result = plan(config, processes, device=device, mfu=args.mfu, fabric=fabric, law=args.law)
+    if args.plot is not None:
+        draw(result, DEVICES[device].memory_gib, args.plot)
     show(result, result.as_dict, args.json)
     return 0
 

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 from esolm_megatron.config import ConfigError, Section
 from esolm_megatron.config.yaml_text import read_mapping
 from esolm_megatron.errors import shown
+from esolm_megatron.plan.devices import Fabric
 
 
 class ClusterConfig(Section):
@@ -32,6 +33,8 @@ class ClusterConfig(Section):
     """Processes on each node; null means gpus_per_node. Only a cluster without GPUs may set it."""
     gpu: str = "H100"
     """Kind of GPU that `esolm launch` plans for."""
+    fabric: Fabric = Fabric()
+    """What connects its GPUs, and how often nodes fail, for `esolm plan`."""
     cpus_per_task: int = Field(1, ge=1)
     """Cores of each process, which is bound to them."""
     memory_gb: int | None = Field(None, ge=0)
@@ -93,6 +96,11 @@ class ClusterConfig(Section):
     def tasks(self) -> int:
         """Processes on each node."""
         return self.tasks_per_node or self.gpus_per_node
+
+    @property
+    def wires(self) -> Fabric:
+        """The fabric, with as many GPUs in a node as it has."""
+        return self.fabric.model_copy(update={"gpus_per_node": self.tasks})
 
     @property
     def num_ranks(self) -> int:

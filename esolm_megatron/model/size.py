@@ -119,7 +119,7 @@ def diffusion_row_flops(model: ModelConfig, objective: ObjectiveConfig) -> float
     square = (length**2 - length) * a * a * second + length * a * first
     masked_pairs = _pairs(length) - (square + length * a * first) / 2
     masked = length * masked_share(objective)
-    before = (model.num_layers - 1) * (length * _token_flops(model) + _pairs(length) * _pair_flops(model))
+    before = (model.num_layers - 1) * (length * token_flops(model) + _pairs(length) * _pair_flops(model))
     last = length * _kv_flops(model) + masked * _query_flops(model) + masked_pairs * _pair_flops(model)
     return before + last + masked * _head_flops(model)
 
@@ -138,7 +138,7 @@ def sequential_row_flops(model: ModelConfig, objective: ObjectiveConfig) -> floa
 
 def _two_stream_flops(model: ModelConfig, clean: float, clean_pairs: float, masks: float, mask_pairs: float) -> float:
     tokens, pairs = clean + masks, clean_pairs + mask_pairs
-    before = (model.num_layers - 1) * (tokens * _token_flops(model) + pairs * _pair_flops(model))
+    before = (model.num_layers - 1) * (tokens * token_flops(model) + pairs * _pair_flops(model))
     last = tokens * _kv_flops(model) + masks * _query_flops(model) + mask_pairs * _pair_flops(model)
     return before + last + masks * _head_flops(model)
 
@@ -165,7 +165,8 @@ def _query_flops(model: ModelConfig) -> float:
     return 4 * model.hidden_size * width + 2 * matrices * model.hidden_size * model.ffn_size
 
 
-def _token_flops(model: ModelConfig) -> float:
+def token_flops(model: ModelConfig) -> float:
+    """All products of a block for a token, forward."""
     return _kv_flops(model) + _query_flops(model)
 
 
@@ -210,8 +211,8 @@ def layers_of_stages(config: Config) -> tuple[int, ...]:
         return tuple(p.layers_per_stage)
     if p.pipeline_size == 1:
         return (m.num_layers,)
-    tokens, pairs, places = _packed_row(m, config.objective)
-    layer = tokens * _token_flops(m) + pairs * _pair_flops(m)
+    tokens, pairs, places = packed_row(m, config.objective)
+    layer = tokens * token_flops(m) + pairs * _pair_flops(m)
     return balanced_stages(
         m.num_layers,
         p.pipeline_size,
@@ -221,7 +222,7 @@ def layers_of_stages(config: Config) -> tuple[int, ...]:
     )
 
 
-def _packed_row(model: ModelConfig, objective: ObjectiveConfig) -> tuple[float, float, float]:
+def packed_row(model: ModelConfig, objective: ObjectiveConfig) -> tuple[float, float, float]:
     """Tokens, pairs of query and key, and places with loss that an average row brings to a micro-batch."""
     length, a, q = model.seq_length, objective.alpha_0, objective.fraction
     sequential = (length * (2 - a), 2 * _pairs(length) - _pairs_of_binomial(length, a), length * (1 - a))

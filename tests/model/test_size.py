@@ -129,5 +129,5 @@ def test_matrix_flops_are_those_that_torch_counts():
         network = EsoLM(shape, PlainLinears(device="meta"))
         tokens = torch.zeros(29, dtype=torch.int64, device="meta")
         network(tokens, tokens, lambda layer, q, k, v: q)
-    expected = 29 * (size._token_flops(shape) + size._head_flops(shape))
+    expected = 29 * (size.token_flops(shape) + size._head_flops(shape))
     assert counter.get_total_flops() == expected

@@ -14,9 +14,9 @@ from esolm_megatron.config import ConfigError, load, world_problems
 from esolm_megatron.model.size import flops_per_step, num_parameters
 from esolm_megatron.plan import DEVICES, GIB, channels_per_token, micro_batches_in_flight, packed_tokens, plan
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = ROOT / "configs"
 RUNS = sorted(p for p in CONFIGS.rglob("*.yaml") if p.parent.name != "data" and not p.stem.endswith("_base"))
 TINY = CONFIGS / "debug/tiny.yaml"
 SPLIT = CONFIGS / "debug/tiny_tp2_pp2.yaml"
@@ -278,7 +278,7 @@ def planned_long_row(name, length, context, offload):
         f"parallel.offload_activations={offload}", "train.micro_batch_size=2", "train.global_batch_size=64",
         "parallel.tensor_size=1", "parallel.sequence_parallel=false", "parallel.pipeline_size=1",
     ]  # fmt: skip
-    found = plan(load(path, words), 8, device="H200")
+    found = plan(load(path, words), 8, device="H200", mfu=0.4)
     return round(found.stages[0].total / 2**30, 1), round(found.as_dict()["tokens_per_second"] / 1000)
 
 
