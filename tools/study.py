@@ -43,7 +43,7 @@ from esolm_megatron.evaluation import evaluate
 from esolm_megatron.inference import sample
 from esolm_megatron.inference.decoding.draw import Draw, draw_tokens
 from esolm_megatron.model.layers import PlainLinears
-from esolm_megatron.model.size import layer_parameters, mask_capacity
+from esolm_megatron.model.size import layer_parameters, mask_capacity, masked_share
 from esolm_megatron.model.transformer import EsoLM, initialise
 from esolm_megatron.objective.esolm import draw_diffusion, draw_step, mean_loss, part_sums
 from esolm_megatron.objective.likelihood import importance_weighted, log_likelihood
@@ -135,8 +135,7 @@ class Study:
 
     def model(self, kind: str, seed: int, width: int | None = None) -> EsoLM:
         """A trained model; trains it if it is not there. width: other than the study's."""
-        name = f"{kind.replace(' ', '_').replace(',', '')}-{seed}{'' if width is None else f'-{width}'}"
-        file, model = self.folder / f"{name}.safetensors", self.new_model(seed, width)
+        file, model = self.folder / f"{self.stem(kind, seed, width)}.safetensors", self.new_model(seed, width)
         if not file.exists():
             losses = self._trained(model, kind, seed)
             save_file({name: x.detach().cpu() for name, x in model.named_parameters()}, file.with_suffix(".new"))
@@ -293,7 +292,25 @@ class Study:
             out[how] = {"relative_variance": (squares / count - mean) / mean * count / (count - 1)}
         seeds = range(self.scale.seeds)
         out["any_order_bounds"] = [self._bounds(self.model(ANY_ORDER, seed), "Eso-LM 1") for seed in seeds]
+        out["curves"] = {kind: self._curve(kind) for kind in ("Eso-LM 1", ANY_ORDER)}
         return out
+
+    def _curve(self, kind: str) -> dict[str, list[float]]:
+        """Nats per predicted token while a kind trained, means over seeds and 20 stretches, by the tokens that it was fed."""
+        s, objective = self.scale, self.objective(kind)
+        files = [self.folder / f"{self.stem(kind, seed)}.losses.json" for seed in range(s.seeds)]
+        losses = np.mean([json.loads(file.read_text()) for file in files], 0) / masked_share(objective)
+        fed = s.batch * s.length * (2 if kind == ANY_ORDER else 1)
+        parts = np.array_split(np.arange(len(losses)), min(20, len(losses)))
+        return {
+            "tokens_fed": [float(p.mean() + 1) * fed for p in parts],
+            "nats": [float(losses[p].mean()) for p in parts],
+        }
+
+    @staticmethod
+    def stem(kind: str, seed: int, width: int | None = None) -> str:
+        """What files of a model are called."""
+        return f"{kind.replace(' ', '_').replace(',', '')}-{seed}{'' if width is None else f'-{width}'}"
 
     @torch.inference_mode()
     def pareto(self) -> list[dict[str, object]]:
@@ -502,7 +519,7 @@ def draw(results: dict[str, object], picture: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    parts = [part for part in ("table", "pareto", "latency") if part in results]
+    parts = [part for part in ("table", "gradients", "pareto", "latency", "scaling") if part in results]
     if not parts:
         return
     figure, axes = plt.subplots(1, len(parts), figsize=(5.2 * len(parts), 4), squeeze=False)
@@ -514,6 +531,28 @@ def draw(results: dict[str, object], picture: Path) -> None:
             )
             axis.tick_params(axis="x", rotation=45)
             axis.set(ylabel="perplexity (bound)", title="held-out text")
+        elif part == "gradients":
+            for kind, curve in results[part]["curves"].items():
+                axis.plot(curve["tokens_fed"], curve["nats"], ".-", label=kind)
+            axis.set(xlabel="tokens fed", ylabel="nats per predicted token", title="losses for alpha_0 = 1 in training")
+            axis.legend(fontsize=7)
+        elif part == "scaling":
+            found, law = results[part]["sizes"], results[part]["law"]
+            means, errors = zip(*(spread(x["nelbo"]) for x in found), strict=True)
+            axis.errorbar(
+                [x["parameters"] for x in found],
+                means,
+                errors,
+                fmt="o",
+                label="trained; the last was predicted",
+                capsize=3,
+            )
+            line = np.geomspace(found[0]["parameters"], found[-1]["parameters"], 50)
+            axis.plot(line, law["floor"] + law["scale"] * line ** -law["power"], "--", label="law fitted to the others")
+            axis.set(
+                xscale="log", xlabel="parameters in blocks", ylabel="nats per token (bound)", title=f"scaling, {SCALED}"
+            )
+            axis.legend(fontsize=7)
         elif part == "pareto":
             for kind, top_p in dict.fromkeys((x["kind"], x["top_p"]) for x in results["pareto"]):
                 found = [x for x in results["pareto"] if (x["kind"], x["top_p"]) == (kind, top_p)]
