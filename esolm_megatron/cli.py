@@ -12,6 +12,7 @@ from esolm_megatron.errors import UserError, missing_package
 from esolm_megatron.terminal import Terminal
 from esolm_megatron.version import __version__
 
+_PLANS = "search ranks the layouts on --gpus N; check simulates some of its ranks, and whether they go together"
 _CHANGE = "alter optim, objective, dropout or fp8 of a run from its newest checkpoint on; the run folder keeps it"
 
 
@@ -31,13 +32,12 @@ def parser() -> argparse.ArgumentParser:
         made.add_argument("overrides", nargs="*", metavar="field=value", help=what)
 
     made = verb("plan", run.run_plan, "what a run will cost: memory, time, failures; or the fastest layouts of it")
-    made.add_argument(
-        "path", metavar="[search] RUN.yaml", help="`search RUN.yaml --gpus N` ranks the layouts on N GPUs"
-    )
+    made.add_argument("path", metavar="[search|check] RUN.yaml", help=_PLANS)
     made.add_argument("--processes", "--gpus", type=int, default=None, metavar="N", help="processes, a GPU for each")
     made.add_argument("--device", default=None, help="GPU that is planned for; default: H100, or that of --on")
     made.add_argument("--mfu", type=float, default=None, help="assume this share of its peak; default: predict it")
     made.add_argument("--on", metavar="CLUSTER.yaml", help="the cluster's GPUs, wires and failures")
+    made.add_argument("--all", action="store_true", help="check: all ranks of a replica, not the ends of each stage")
     made.add_argument("--plot", metavar="FILE.png", help="draw a step by stage, and memory by part")
     made.add_argument("--law", metavar="LAW.json", help="predict the loss by the law that tools/study.py fitted")
     fields(made, "override section.field of the file")

@@ -9,10 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+from rich.progress import Progress
 from rich.table import Table
 
 from esolm_megatron.commands import show
-from esolm_megatron.config import ConfigError, load
+from esolm_megatron.config import Config, ConfigError, load
 from esolm_megatron.errors import require
 from esolm_megatron.terminal import Terminal
 
@@ -22,10 +23,10 @@ def run_plan(args: argparse.Namespace) -> int:
     from esolm_megatron.plan import DEVICES, Fabric, fastest_layouts, plan
     from esolm_megatron.plan.picture import draw
 
-    searching, words = args.path == "search", list(args.overrides)
-    if searching and not words:
-        raise ConfigError("plan search: give the run's YAML file")
-    path = words.pop(0) if searching else args.path
+    kind, words = args.path if args.path in ("search", "check") else None, list(args.overrides)
+    if kind is not None and not words:
+        raise ConfigError(f"plan {kind}: give the run's YAML file")
+    path = words.pop(0) if kind is not None else args.path
     fabric, device, processes = Fabric(), args.device, args.processes
     if args.on is not None:
         from esolm_megatron.launch.site import load_cluster
@@ -33,18 +34,35 @@ def run_plan(args: argparse.Namespace) -> int:
         cluster = load_cluster(args.on)
         fabric, device, processes = cluster.wires, device or cluster.gpu, processes or cluster.num_ranks
     device = device or "H100"
-    if searching:
-        if processes is None or args.mfu is not None or args.plot is not None or args.law is not None:
-            raise ConfigError("plan search: takes --gpus N, --device and --on")
+    if kind is not None and (
+        processes is None or args.mfu is not None or args.plot is not None or args.law is not None
+    ):
+        raise ConfigError(f"plan {kind}: takes --gpus N, or --on CLUSTER.yaml")
+    if kind == "search":
         found = fastest_layouts(load(path, words), processes, device=device, fabric=fabric)
         show(found, found.as_dict, args.json)
         return 0
+    if kind == "check":
+        return _plan_check(load(path, words), processes, args)
     config = load(path, words)
     result = plan(config, processes, device=device, mfu=args.mfu, fabric=fabric, law=args.law)
     if args.plot is not None:
         draw(result, DEVICES[device].memory_gib, args.plot)
     show(result, result.as_dict, args.json)
     return 0
+
+
+def _plan_check(config: Config, processes: int, args: argparse.Namespace) -> int:
+    from esolm_megatron.simulation.check import check
+
+    require(("deepspeed", "megatron"), "plan check")
+    with Progress(console=Terminal(stderr=True), transient=True, disable=args.json) as bar:
+        task = bar.add_task("ranks", total=None)
+        checked = check(
+            config, processes, whole=args.all, progress=lambda done, n: bar.update(task, completed=done, total=n)
+        )
+    show(checked, checked.as_dict, args.json)
+    return 1 if checked.problems else 0
 
 
 def run_doctor(args: argparse.Namespace) -> int:

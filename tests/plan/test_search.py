@@ -48,7 +48,7 @@ def test_the_command_line(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert (found["gpus"], found["device"], len(found["best"])) == (16, "H200", 10)
     assert main(["plan", "search", path, V]) == 2
-    assert "takes --gpus N" in capsys.readouterr().err
+    assert "plan search: takes --gpus N" in capsys.readouterr().err
     assert main(["plan", "search"]) == 2
     assert "give the run's YAML file" in capsys.readouterr().err
     cluster = tmp_path / "cluster.yaml"
