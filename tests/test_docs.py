@@ -174,7 +174,7 @@ def test_a_command_is_grammar_and_its_run_fits_its_processes(command):
     assert all("=" in word and not word.startswith("-") for word in rest)
     if args.verb in ("train", "plan") and command.expected is None and getattr(args, "on", None) is None:
         path, *words = [args.path, *args.overrides, *rest]
-        if path == "search":  # which looks for the layout
+        if path in ("search", "check"):  # which look for the layout, or simulate some ranks of it
             assert load(ROOT / words[0], words[1:])
             return
         config = load(ROOT / path, words)

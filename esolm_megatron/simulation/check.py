@@ -128,7 +128,7 @@ def check(
 
 
 def _simulated(path: Path, rank: int, world_size: int) -> Found:
-    command = [sys.executable, "-m", "esolm_megatron.simulation.rank", str(path), str(rank), str(world_size)]
+    command = [sys.executable, "-m", "esolm_megatron.simulation.one_rank", str(path), str(rank), str(world_size)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     lines = done.stdout.strip().splitlines()

@@ -32,7 +32,7 @@ def simulated(config, rank, world, tmp_path):
     command = [
         sys.executable,
         "-m",
-        "esolm_megatron.simulation.rank",
+        "esolm_megatron.simulation.one_rank",
         str(tmp_path / "run.yaml"),
         str(rank),
         str(world),
@@ -43,7 +43,7 @@ def simulated(config, rank, world, tmp_path):
 
 REAL = """
 import json, os, sys
-from esolm_megatron.simulation.rank import Sent, batch_of
+from esolm_megatron.simulation.one_rank import Sent, batch_of
 
 sent = Sent(int(os.environ["RANK"]))  # before what keeps functions of torch.distributed is imported
 from esolm_megatron.config import load

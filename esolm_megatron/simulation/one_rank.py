@@ -5,7 +5,7 @@ torch's fake process group answers each collective at once; fake tensors have sh
 what a cluster runs (network, ZeRO's partitions, megatron-core's schedules), in a second or some. What it computes is worthless;
 what it allocates and sends is not. A GPU's own kernels are not asked: operators are those of a CPU, without compilation.
 
-`python -m esolm_megatron.simulation.rank RUN.yaml RANK WORLD_SIZE` writes what it found as JSON, as its last line.
+`python -m esolm_megatron.simulation.one_rank RUN.yaml RANK WORLD_SIZE` writes what it found as JSON, as its last line.
 """
 
 # mypy: allow-untyped-defs
