@@ -205,8 +205,9 @@ def test_models_and_runs_side_by_side(folder, tmp_path, capsys):
     fields = [f"data={folder}/tokens", "num_sequences=8", "orders=2", "samples=1", "length=16", f"out={tmp_path}/out"]
     found = answer(capsys, "compare", *words, *fields)
     assert found["models"] == words
-    assert found["losses"][words[0]]["step"] == 40
-    assert found["losses"][words[0]]["tokens"] == 40 * 8 * 64
+    last = json.loads((folder / "small" / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert found["losses"][words[0]]["step"] == last
+    assert found["losses"][words[0]]["tokens"] == last * 8 * 64
     bounds = [found["perplexity"][word]["left_to_right"] for word in words]
     assert bounds[0] != bounds[1]
     whole = answer(capsys, "eval", tmp_path / "last", *fields[:3])
@@ -325,6 +326,11 @@ def test_plan_and_doctor(capsys):
         (["eval", "{top}/model", "what=generation", "judge={top}/x"], 2, "is no folder; download the model first"),
         (["eval", "{top}/model", "what=generation", "reference=x.txt"], 2, "give judge=FOLDER"),
         (["eval", "{top}/model", "what=generation", "judge={top}/model", "judge_length=99"], 2, "must be 2 to 64"),
+        (
+            ["eval", "{top}/model", "what=generation", "judge={top}/model", "reference={run}"],
+            2,
+            "needs a judge of transformers",
+        ),
         (["eval", "{top}/model", "what=likelihood"], 2, "questions: give a .jsonl"),
         (["eval", "{top}/model", "what=likelihood", "questions={run}"], 2, "run.yaml', line 1:"),
         (["compare", "{top}/model"], 2, "give two or more different models or runs"),

@@ -40,6 +40,12 @@ SMALL = (
 BUCKET = f"data mix run.yaml {SMALL} data.path=s3://bucket/tokens data.cache_dir=cache data.retries=0 data.timeout_s=5"
 PREPARE = "data prepare prepare.yaml output={} tokenizer=bytes validation_fraction=0.3 num_processes=1 inputs=[{}]"
 README = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+MAUVE = """
+import random
+from esolm_megatron.evaluation.generation import mauve_of
+ours, theirs = ([[random.random() for _ in range(4)] for _ in range(40)] for _ in range(2))
+assert 0 <= mauve_of(ours, theirs) <= 1
+"""
 TRANSFORMERS = """
 import torch, esolm_megatron.huggingface
 from transformers import AutoModelForMaskedLM, AutoTokenizer
@@ -77,6 +83,7 @@ PROMISED = {
              f"data mix run.yaml plot=mix.png {SMALL}", "data verify tokens plot=tokens.png"],
     "fp8": [f"train run.yaml {SMALL} {LOW} name=low"],
     "hf": ["transformers"],
+    "mauve": ["transformers", "mauve"],
     "eval": ["lm-eval run --model esolm --model_args pretrained=model --device cpu --tasks rolling --include_path tasks"],
     "serve": ["serve"],
     "s3": ["s3"],
@@ -97,6 +104,7 @@ REFUSED = {
     "data prepare prepare.yaml output=o tokenizer=older inputs=[text.txt]": "hf",
     "serve model port=0": "serve",
     "lm-eval ls tasks": "eval",
+    "eval model what=generation num_sequences=1 judge=model reference=text.txt": "mauve",
     BUCKET: "s3",
     f"launch run.yaml --on cluster.yaml --dry-run {SMALL}": "slurm",
 }
@@ -110,6 +118,7 @@ def test_every_extra_has_a_row_and_every_row_an_extra():
     for extra, packages in EXTRAS.items():
         declared = {re.split(r"[\[>=<;]", line)[0] for line in PROJECT["optional-dependencies"][extra]}
         names = {"megatron": "megatron-core", "prometheus_client": "prometheus-client", "lm_eval": "lm-eval"}
+        names |= {"mauve": "mauve-text"}
         assert {names.get(package, package) for package in packages} <= declared, extra
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
     named = {
@@ -258,6 +267,8 @@ class Place:
             done = self.run(self.python, "-c", README.replace("runs/quickstart/model", "model"))
         elif promise == "transformers":
             done = self.run(self.python, "-c", TRANSFORMERS)
+        elif promise == "mauve":
+            done = self.run(self.python, "-c", MAUVE)
         elif promise == "serve":
             return self.check_server()
         elif promise == "s3":

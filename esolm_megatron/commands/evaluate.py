@@ -22,7 +22,7 @@ from rich.table import Table
 
 from esolm_megatron.commands import Placed, options, show
 from esolm_megatron.config import ConfigError
-from esolm_megatron.errors import of_setting
+from esolm_megatron.errors import of_setting, require
 from esolm_megatron.inference.request import Schedule
 from esolm_megatron.terminal import Terminal
 
@@ -278,8 +278,12 @@ def _generation(chosen: EvalOptions, folder: Path, quiet: bool) -> _Found | None
         )
     if chosen.judge_length is not None and chosen.judge is None:
         raise ConfigError(f"judge_length = {chosen.judge_length}: goes with judge")
+    if chosen.reference is not None:
+        require(("mauve",), "reference")
     model = chosen.load(str(folder), each=True)
     judge = None if chosen.judge is None else load_judge(chosen.judge, chosen.judge_length, model.device)
+    if judge is not None and chosen.reference is not None and not judge.sees:
+        raise ConfigError(f"reference = {chosen.reference!r}: MAUVE needs a judge of transformers, found {judge.said}")
     people: list[str] = []
     if chosen.reference is not None:
         people = list(islice(_texts(chosen.reference, "reference"), chosen.num_sequences))

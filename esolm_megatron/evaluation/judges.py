@@ -28,9 +28,10 @@ class Judgement:
 
 
 class Judge(Protocol):
-    """said: what it is, with its context, for the report."""
+    """said: what it is, with its context, for the report. sees: whether it gives features, which MAUVE compares."""
 
     said: str
+    sees: bool
 
     def __call__(self, texts: list[str]) -> Judgement:
         """-log p of each text's tokens but the first of each context, which nothing comes before."""
@@ -65,6 +66,8 @@ def _length(known: int | None, wanted: int | None) -> int:
 
 
 class _Ours:
+    sees = False
+
     def __init__(self, model: PretrainedEsoLM, folder: str, context: int | None):
         self.model, self.length = model, _length(model.config.seq_length, context)
         self.said = f"{folder}, left to right, {_PARTS.format(self.length)}"
@@ -82,6 +85,8 @@ class _Ours:
 
 
 class _Transformers:
+    sees = True
+
     def __init__(self, folder: str, context: int | None, device: torch.device):
         transformers = optional("transformers", "judge")
         kind: dict[str, Any] = {"local_files_only": True}
