@@ -47,7 +47,7 @@ NOT_RUN = {
     ),
     "esolm plan check configs/debug/tiny_tp2_pp2.yaml --gpus 1024": "a minute; tests/simulation runs it on other layouts",
     "python tools/study.py runs/study --scale medium --parts scaling": "an hour; tests/test_study.py runs the smallest",
-    "python tools/study.py runs/study": "an hour; tests/test_study.py runs the smallest",
+    "python tools/study.py runs/study --scale medium": "hours; tests/test_study.py runs the smallest",
     "bash tools/gpu_check.sh --device cpu --size tiny": "tests/test_gpu_check.py runs it",
     "pip install -e '.[train]'": INSTALLS,
     "pip install -e '.[train,slurm]'": INSTALLS,

@@ -522,8 +522,11 @@ def draw(results: dict[str, object], picture: Path) -> None:
     parts = [part for part in ("table", "gradients", "pareto", "latency", "scaling") if part in results]
     if not parts:
         return
-    figure, axes = plt.subplots(1, len(parts), figsize=(5.2 * len(parts), 4), squeeze=False)
-    for axis, part in zip(axes[0], parts, strict=True):
+    across, down = min(len(parts), 3), -(-len(parts) // 3)
+    figure, axes = plt.subplots(down, across, figsize=(5.2 * across, 4 * down), squeeze=False)
+    for axis in axes.flat[len(parts) :]:
+        axis.set_visible(False)
+    for axis, part in zip(axes.flat, parts, strict=False):
         if part == "table":
             pairs = [spread([math.exp(x["nelbo"]) for x in found]) for found in results["table"].values()]
             axis.bar(
