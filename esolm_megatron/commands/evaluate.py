@@ -426,9 +426,9 @@ def _differences(trees: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Any]]
     """Field -> each one's value, of fields that are not the same in all that have them; a model knows fewer than a run."""
     out = {}
     for name in dict.fromkeys(name for tree in trees.values() for name in tree):
-        values = [tree.get(name, "") for tree in trees.values()]
-        if len({repr(tree[name]) for tree in trees.values() if name in tree}) > 1:
-            out[name] = values
+        first, *others = [tree[name] for tree in trees.values() if name in tree]
+        if any(value != first for value in others):
+            out[name] = [tree.get(name, "") for tree in trees.values()]
     return out
 
 
