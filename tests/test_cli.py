@@ -128,6 +128,19 @@ def test_a_run_is_judged_as_its_export_is(folder, capsys):
         mine = answer(capsys, "eval", run, *words)
         assert mine.pop("model") == str(run)
         assert mine == {k: v for k, v in theirs.items() if k != "model"}
+    command = [
+        sys.executable,
+        "-m",
+        "esolm_megatron",
+        "eval",
+        str(folder / "small"),
+        *words,
+        "--processes",
+        "2",
+        "--json",
+    ]
+    shared = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert shared == theirs | {"model": str(folder / "small")}, "by the name that was given"
     again = answer(capsys, "eval", folder / "model", *words, "alpha_0=0")
     assert again["nelbo"]["nats_per_token"] == pytest.approx(theirs["left_to_right"]["nats_per_token"], rel=1e-6)
 
@@ -216,6 +229,12 @@ def test_models_and_runs_side_by_side(folder, tmp_path, capsys):
     model = load_pretrained(tmp_path / "last")
     assert found["texts"][words[1]] == [model.tokenizer.decode(model.sample(1, 16)[0][0].tolist())]
     assert {p.name for p in (tmp_path / "out").iterdir()} >= {"report.json", "loss.png", "perplexity.png"}
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "last").symlink_to(folder / "model")  # of the same name
+    both = answer(
+        capsys, "compare", tmp_path / "last", tmp_path / "copy" / "last", *fields[:-1], f"out={tmp_path}/both"
+    )
+    assert [x["left_to_right"] for x in both["perplexity"].values()] == pytest.approx(bounds[::-1])
     assert main(["compare", *words, "samples=0"]) == 0
     shown = capsys.readouterr().out
     assert "settings that differ" in shown

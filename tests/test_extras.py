@@ -105,6 +105,9 @@ REFUSED = {
     "serve model port=0": "serve",
     "lm-eval ls tasks": "eval",
     "eval model what=generation num_sequences=1 judge=model reference=text.txt": "mauve",
+    "eval model data=tokens out=o": "data",
+    "compare model older out=o": "data",
+    "plan run.yaml --plot plan.png": "data",
     BUCKET: "s3",
     f"launch run.yaml --on cluster.yaml --dry-run {SMALL}": "slurm",
 }

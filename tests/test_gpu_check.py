@@ -65,12 +65,16 @@ def test_every_part_leaves_results(whole):
         "sample",
         "int8",
         "eval",
+        "written",
+        "written",
     ]
     assert train[3]["steps"] == 40
     assert train[3]["tokens_per_second"] > 0
     assert train[5]["passes"] > 0
     assert 0 < abs(train[6]["int8_cache_nats_per_token"]) < 0.1
     assert 0 < train[7]["importance_weighted"] < 7
+    assert [row["steps"] for row in train[8:]] == [16, 64]
+    assert all(row["tokens_per_second"] > 0 and row["perplexity"] > 1 for row in train[8:])
     assert {(row["alpha_0"], row["kind"]) for row in step} == {
         (alpha_0, kind) for alpha_0 in (1.0, 0.25) for kind in ("ours", "reference", "ar")
     }
@@ -78,6 +82,7 @@ def test_every_part_leaves_results(whole):
     assert [row["what"] for row in served] == ["served whole", "served streamed", "offline"]
     assert all(row["share"] > 0 for row in served)
     sample = [row for row in sample if row not in served]
+    assert {row["method"] for row in sample if (row["batch"], row["steps"]) == (4, "8")} >= {"ours", "int8_cache"}
     assert {(row["batch"], row["steps"]) for row in sample} == {(1, "8"), (1, "one"), (4, "8"), (4, "one")}
     assert all(row["ms_per_pass"] > 0 for row in sample)
     assert len(profile) == 4

@@ -139,6 +139,8 @@ def train(ask: Ask) -> list[Job]:
         verb("sample", "sample", model, "num_samples=4", "steps=32", *place, read=samples_of),
         verb("int8", "sample", model, "num_samples=4", "steps=32", "weights=int8", "cache=int8", *place, read=samples_of),
         verb("eval", "eval", model, f"data={tokens}", "num_sequences=8", "orders=2", *place, read=bounds_of),
+        verb("written", "eval", model, "what=generation", "num_sequences=8", "steps=[16,64]", f"judge={model}", *place,
+             read=written_of),
     ]  # fmt: skip
 
 
@@ -179,6 +181,12 @@ def samples_of(said: str) -> list[Row]:
     probs = [sample["log_prob"] for sample in found.get("samples", [])]
     cost = {k: v for k, v in found.items() if k == "int8_cache_nats_per_token"}
     return [{"passes": found["num_forward_passes"], "mean_log_prob": sum(probs) / len(probs), **cost}] if probs else []
+
+
+def written_of(said: str) -> list[Row]:
+    """Of each number of steps: speed of drawing, perplexity under the model itself, entropy."""
+    names = ("steps", "passes", "tokens_per_second", "perplexity", "entropy")
+    return [{name: x[name] for name in names} for x in last_json(said).get("texts", [])]
 
 
 def bounds_of(said: str) -> list[Row]:
@@ -239,6 +247,11 @@ def sample(ask: Ask) -> list[Job]:
         size = size if ask.tiny else ["--shape", "124m", "--length", "512", "--steps", "64"]
         words = ["--dtype", ask.rough, *size, *["--bar", "0.8"] * ask.bars]
         jobs.append(benchmark(ask, "serve", "benchmark_serve", *words))
+    cell = ["--shape", "tiny", "--batch", "4", "--length", "32", "--steps", "8"] if ask.tiny else [
+        "--batch", "64", "--length", "1024", "--steps", "64"]  # fmt: skip
+    jobs.append(
+        benchmark(ask, "int8", "benchmark_sample", "--dtype", ask.rough, *cell, "--methods", "ours", "int8_cache")
+    )
     return jobs
 
 

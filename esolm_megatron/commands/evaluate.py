@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -133,6 +134,8 @@ def run_eval(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"{unused[0]}: has no meaning for what={chosen.what}; it takes {', '.join(sorted(_USES[chosen.what]))}"
         )
+    if chosen.out is not None:  # before hours of work
+        require(("matplotlib",), "out")
     with ExitStack() as stack:
         folder = stack.enter_context(model_folder(args.path))
         if (args.processes or 1) > 1 and "RANK" not in os.environ:
@@ -141,22 +144,33 @@ def run_eval(args: argparse.Namespace) -> int:
             words = [word for word in args.overrides if not word.startswith("out=")]
             out = chosen.out or stack.enter_context(tempfile.TemporaryDirectory())
             words += [f"out={out}", *(["--json"] if args.json else [])]
-            return run_local([sys.executable, "-m", "esolm_megatron", "eval", str(folder), *words], args.processes)
+            command = [sys.executable, "-m", "esolm_megatron", "eval", str(folder), *words]
+            return run_local(command, args.processes, env={_ASKED: args.path})
         kind = {"perplexity": _perplexity, "generation": _generation, "likelihood": _likelihood}[chosen.what]
         found = kind(chosen, folder, args.json)
         if found is None:
             return 0
-        shown, tree, draw = found
-        tree = {"what": chosen.what, "model": args.path, **tree}
+        shown, tree, pictures = found
+        tree = {"what": chosen.what, "model": os.environ.get(_ASKED, args.path), **tree}
         if chosen.out is not None:
-            (Path(chosen.out) / "report.json").write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
-            draw(Path(chosen.out))
+            _leave(Path(chosen.out), tree, pictures)
         show(shown, lambda: tree, args.json)
     return 0
 
 
-_Found = tuple[Any, dict[str, Any], Callable[[Path], None]]
-"""What to show, the same as a tree for JSON, and what draws it into a folder."""
+_ASKED = "ESOLM_EVALUATED"
+"""In the environment of processes that share an evaluation: what the user named, where they are given its conversion."""
+_Pictures = dict[str, Callable[[Path], None]]
+"""Name -> what draws it there."""
+_Found = tuple[Any, dict[str, Any], _Pictures]
+"""What to show, the same as a tree for JSON, and pictures."""
+
+
+def _leave(out: Path, tree: Mapping[str, Any], pictures: _Pictures) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.json").write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+    for name, draw in pictures.items():
+        draw(out / name)
 
 
 def _parts(job: Any, chosen: TextOptions, folder: Path, quiet: bool, **facts: str) -> Any:
@@ -164,14 +178,19 @@ def _parts(job: Any, chosen: TextOptions, folder: Path, quiet: bool, **facts: st
     from esolm_megatron.evaluation.shares import shared
 
     rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    settings = {**chosen.model_dump(exclude={"out", "device"}), **facts, "weights": _weights_of(folder)}
+    settings = {
+        **chosen.model_dump(exclude={"out", "device", "samples", "length"}),
+        **facts,
+        "weights": _weights_of(folder),
+    }
     columns = (*Progress.get_default_columns(), TextColumn("{task.fields[speed]}", markup=False))
     with Progress(*columns, console=Terminal(stderr=True), transient=True, disable=quiet or rank > 0) as bar:
-        task, begun, first = bar.add_task(f"{job.count} parts", total=job.count, speed=""), time.monotonic(), [-1]
+        task, begun, first = bar.add_task(f"{job.count} parts", total=job.count, speed=""), time.monotonic(), None
 
         def progress(done: int, count: int) -> None:
-            first[0] = done if first[0] < 0 else first[0]
-            rate = (done - first[0]) / count * job.tokens / max(time.monotonic() - begun, 1e-9)
+            nonlocal first
+            first = done if first is None else first
+            rate = (done - first) / count * job.tokens / max(time.monotonic() - begun, 1e-9)
             bar.update(task, completed=done, speed=f"{rate:.0f} tokens/s" if rate else "")
 
         out = None if chosen.out is None else Path(chosen.out)
@@ -260,7 +279,7 @@ def _perplexity(chosen: EvalOptions, folder: Path, quiet: bool) -> _Found | None
     table = report.bounds_table(evaluation, whole)
     table.caption = f"{table.caption}\nentropy of the tokens' frequencies: {unigram:.3f} nats per token"
     tree = {**report.bounds_tree(evaluation, whole), "unigram_entropy": unigram}
-    return table, tree, lambda out: report.draw_bounds({"model": evaluation}, out / "perplexity.png")
+    return table, tree, {"perplexity.png": partial(report.draw_bounds, {"model": evaluation})}
 
 
 def _generation(chosen: EvalOptions, folder: Path, quiet: bool) -> _Found | None:
@@ -297,8 +316,8 @@ def _generation(chosen: EvalOptions, folder: Path, quiet: bool) -> _Found | None
         return None
     written, said = job.result(parts), judge.said if judge else None
     tree = {"alpha_0": model.alpha_0 if chosen.alpha_0 is None else chosen.alpha_0, "length": length}
-    draw = lambda out: report.draw_texts({"model": written}, out / "generation.png")  # noqa: E731
-    return report.texts_table(written, said), tree | report.texts_tree(written, said), draw
+    pictures: _Pictures = {"generation.png": partial(report.draw_texts, {"model": written})}
+    return report.texts_table(written, said), tree | report.texts_tree(written, said), pictures
 
 
 def _likelihood(chosen: EvalOptions, folder: Path, quiet: bool) -> _Found | None:
@@ -310,65 +329,48 @@ def _likelihood(chosen: EvalOptions, folder: Path, quiet: bool) -> _Found | None
     questions = read_questions(chosen.questions)
     model = chosen.load(str(folder), each=True)
     job = Choices(model, questions, chosen.orders or 0, chosen.seed, chosen.batch_size)
-    assert job.pairs, "which says at once what cannot be asked"
     parts = _parts(job, chosen, folder, quiet, asked=_digest(questions))
     if parts is None:
         return None
     found = job.result(parts)
-    return report.answers_table(found), asdict(found), lambda out: None
+    return report.answers_table(found), asdict(found), {}
 
 
 def run_compare(args: argparse.Namespace) -> int:
     """Several models or runs side by side: settings that differ, losses, bounds of one text, texts of the same seeds."""
-    from esolm_megatron.model.pretrained import read_config
+    from esolm_megatron.evaluation import report
 
     words = [word for word in args.words if "=" not in word]
     chosen = options(CompareOptions, [word for word in args.words if "=" in word] + args.overrides)
     if len(words) < 2 or len(set(words)) < len(words):
         raise ConfigError(f"{' '.join(words)}: give two or more different models or runs")
-    judged = chosen.data is not None or chosen.text is not None
-    if judged:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ConfigError("compare: is one process; start it by itself")
+    if chosen.data is not None or chosen.text is not None:
         _check_text(chosen)
-    shown: list[Any] = []
-    tree: dict[str, Any] = {"models": words}
+    if chosen.out is not None:
+        require(("matplotlib",), "out")
+    pictures: _Pictures = {}
     with ExitStack() as stack:
         folders = {word: stack.enter_context(model_folder(word)) for word in words}
-        trees = {word: _settings(word, folder) for word, folder in folders.items()}
-        tree["differences"] = _differences(trees)
-        shown.append(_side_by_side("settings that differ", words, tree["differences"]))
+        differences = _differences({word: _settings(word, folder) for word, folder in folders.items()})
+        shown: list[Any] = [_side_by_side("settings that differ", words, differences)]
         losses = {word: found for word in words if (found := _losses(word))}
-        tree["losses"] = {
-            word: {key: lines[-1].get(key) for key in ("step", "tokens", "loss")} for word, lines in losses.items()
-        }
-        evaluations = {}
-        for word in words if judged else ():
-            part = (
-                chosen
-                if chosen.out is None
-                else chosen.model_copy(update={"out": str(Path(chosen.out) / Path(word).name)})
-            )
-            evaluations[word] = _bounds(part, folders[word], args.json)[0]
-        bounds = {
-            name: [
-                f"{e.estimates[name].perplexity:.3f} +- {e.estimates[name].standard_error * e.estimates[name].perplexity:.3f}"
-                for e in evaluations.values()
-            ]
-            for name in (next(iter(evaluations.values())).estimates if evaluations else ())
-        }
-        if bounds:
-            shown.append(_side_by_side("perplexity", words, bounds))
+        ends = {word: {key: lines[-1].get(key) for key in ("step", "tokens", "loss")} for word, lines in losses.items()}
+        if losses:
+            pictures["loss.png"] = partial(report.draw_losses, losses)
+        tree: dict[str, Any] = {"models": words, "differences": differences, "losses": ends}
+        if chosen.data is not None or chosen.text is not None:
+            evaluations = _bounds_of_each(chosen, folders, args.json)
+            shown.append(_side_by_side("perplexity", words, _bound_cells(evaluations)))
             tree["perplexity"] = {w: {n: x.perplexity for n, x in e.estimates.items()} for w, e in evaluations.items()}
-        length = chosen.length or min(read_config(folder).model.seq_length for folder in folders.values())
-        tree["texts"] = {}
-        for word in words if chosen.samples else ():
-            model = chosen.load(str(folders[word]))
-            samples = model.sample(chosen.samples, length, alpha_0=chosen.alpha_0, seed=chosen.seed)
-            tree["texts"][word] = [model.tokenizer.decode(row) for row in samples[0].tolist()]
-        for number in range(chosen.samples):
-            for word in words:
-                shown.append(f"[bold]{escape(word)}, text {number}[/bold]\n{escape(tree['texts'][word][number])}\n")
+            pictures["perplexity.png"] = partial(report.draw_bounds, evaluations)
+        tree["texts"] = _texts_of_each(chosen, folders) if chosen.samples else {}
+    for number in range(chosen.samples):
+        for word in words:
+            shown.append(f"[bold]{escape(word)}, text {number}[/bold]\n{escape(tree['texts'][word][number])}\n")
     if chosen.out is not None:
-        _leave(Path(chosen.out), tree, losses, evaluations)
+        _leave(Path(chosen.out), tree, pictures)
     for result in shown if not args.json else ():
         Terminal().print(result)
     if args.json:
@@ -376,15 +378,34 @@ def run_compare(args: argparse.Namespace) -> int:
     return 0
 
 
-def _leave(out: Path, tree: Mapping[str, Any], losses: Mapping[str, Any], evaluations: Mapping[str, Any]) -> None:
-    from esolm_megatron.evaluation import report
+def _bounds_of_each(chosen: CompareOptions, folders: Mapping[str, Path], quiet: bool) -> dict[str, Any]:
+    """Name -> evaluation; what is done lies in a numbered folder each, for names may end alike."""
+    out = {}
+    for number, (word, folder) in enumerate(folders.items()):
+        mine = None if chosen.out is None else str(Path(chosen.out) / str(number))
+        out[word] = _bounds(chosen.model_copy(update={"out": mine}), folder, quiet)[0]
+    return out
 
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "report.json").write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
-    if losses:
-        report.draw_losses(losses, out / "loss.png")
-    if evaluations:
-        report.draw_bounds(evaluations, out / "perplexity.png")
+
+def _bound_cells(evaluations: Mapping[str, Any]) -> dict[str, list[str]]:
+    names = dict.fromkeys(name for e in evaluations.values() for name in e.estimates)
+    each = [e.estimates for e in evaluations.values()]
+    return {
+        name: [f"{x[name].perplexity:.3f} +- {x[name].standard_error * x[name].perplexity:.3f}" for x in each]
+        for name in names
+    }
+
+
+def _texts_of_each(chosen: CompareOptions, folders: Mapping[str, Path]) -> dict[str, list[str]]:
+    from esolm_megatron.model.pretrained import read_config
+
+    length = chosen.length or min(read_config(folder).model.seq_length for folder in folders.values())
+    out = {}
+    for word, folder in folders.items():
+        model = chosen.load(str(folder))
+        samples = model.sample(chosen.samples, length, alpha_0=chosen.alpha_0, seed=chosen.seed)
+        out[word] = [model.tokenizer.decode(row) for row in samples[0].tolist()]
+    return out
 
 
 def _settings(word: str, folder: Path) -> dict[str, Any]:

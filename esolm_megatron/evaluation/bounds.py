@@ -197,6 +197,9 @@ class Bounds:
         """Whether rows begin with tokens that are not counted."""
         return not np.array_equal(self.rows.scored, self.rows.valid)
 
+    def prepare(self) -> None:
+        """Nothing."""
+
     @torch.inference_mode()
     def part(self, number: int) -> Found:
         """Sums over each row of nats, or of tokens; `*_at` by place, over the part's rows."""

@@ -106,6 +106,10 @@ class Choices:
                 raise ConfigError(f"questions, the {number}. one: {error}") from error
         return out
 
+    def prepare(self) -> None:
+        """Encode all questions, which says at once what cannot be asked; raises as `pairs`."""
+        _ = self.pairs
+
     def part(self, number: int) -> Found:
         """log p of each choice: exact from the left, or log of the mean probability over orders, which bounds it."""
         how = {"orders": self.orders} if self.orders else {"kind": "left_to_right"}

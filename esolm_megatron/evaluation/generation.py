@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -77,11 +76,9 @@ class Generation:
         """Tokens that are written."""
         return len(self.steps) * self.num_samples * self.length
 
-    @cached_property
-    def ready(self) -> bool:
-        """Kernels and libraries are, once a text was written that nobody times."""
+    def prepare(self) -> None:
+        """Write a text that nobody times, for which kernels and libraries get ready."""
         self.model.sample(1, self.length, min(self.steps), **self.fields)
-        return True
 
     def part(self, number: int) -> Found:
         """Texts and what the judge says of them."""
@@ -90,7 +87,6 @@ class Generation:
             return {"features": self._judged(list(self.reference))["features"]}
         steps, first = self.steps[number // self.batches], number % self.batches * self.batch_size
         count = min(self.batch_size, self.num_samples - first)
-        assert self.ready
         begun = time.perf_counter()
         samples = self.model.sample(count, self.length, steps, first_row=first, **self.fields)
         tokens = samples[0].tolist()  # which waits for the last of them

@@ -105,7 +105,7 @@ class _Transformers:
         for number, text in enumerate(texts):
             ids = torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
             last = torch.zeros(self.model.config.hidden_size)
-            for part in ids.to(self.model.device).split(self.length):
+            for part in ids.to(self.model.device).split(self.length) if len(ids) else ():
                 out = self.model(part[None], output_hidden_states=True)
                 last = out.hidden_states[-1][0, -1].float().cpu()
                 ends = part == self.tokenizer.eos_token_id

@@ -35,6 +35,10 @@ class Job(Protocol):
         """Tokens in all."""
         ...
 
+    def prepare(self) -> None:
+        """What comes before a process' first part, and is told of no part."""
+        ...
+
     def part(self, number: int) -> Found:
         """What part `number` finds; the same in every process."""
         ...
@@ -57,6 +61,7 @@ def shared(
     if folder is None:
         if size > 1:
             raise ConfigError("out: several processes meet in a folder; give out=FOLDER")
+        job.prepare()
         out = []
         for number in range(job.count):
             progress(number, job.count)
@@ -64,6 +69,8 @@ def shared(
         return out
     _claim(folder, dict(settings or {}))
     files = [folder / "parts" / f"{number:07}.json" for number in range(job.count)]
+    if not all(file.exists() for file in files[rank::size]):
+        job.prepare()
     for number in range(rank, job.count, size):
         if rank == 0:
             progress(_present(files), job.count)
@@ -75,7 +82,7 @@ def shared(
         progress(done, job.count)
         time.sleep(0.2)
     progress(job.count, job.count)
-    return [json.loads(file.read_bytes()) for file in files]
+    return [_read(file) for file in files]
 
 
 def _present(files: list[Path]) -> int:
@@ -87,13 +94,20 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
     file, wanted = folder / "settings.json", json.loads(json.dumps(settings))
     if not file.exists():
         _write(file, wanted)
-    held = json.loads(file.read_bytes())
+    held = _read(file)
     for name in held.keys() | wanted.keys():
         if held.get(name) != wanted.get(name):
             raise ConfigError(
                 f"out = {str(folder)!r}: holds an evaluation with {name} = {held.get(name)!r}, now {wanted.get(name)!r}; "
                 "restore it to go on there, or name another folder"
             )
+
+
+def _read(file: Path) -> Found:
+    try:
+        return json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ConfigError(f"{file}: is not whole ({error}); delete it, and it is made again") from error
 
 
 def _write(file: Path, content: Found) -> None:

@@ -15,7 +15,7 @@ from rich.text import Text
 from esolm_megatron.config import Config, ConfigError, with_values, world_problems
 from esolm_megatron.errors import of_setting
 from esolm_megatron.model.size import flops_per_step, layer_parameters, num_parameters
-from esolm_megatron.plan.devices import DEVICES, Fabric
+from esolm_megatron.plan.devices import Fabric, device_named
 from esolm_megatron.plan.memory import GIB, StagePlan, packed_tokens, stage_plan
 from esolm_megatron.plan.timing import Reliability, Times, reliability, step_times
 from esolm_megatron.topology import Topology
@@ -149,6 +149,11 @@ def _duration(days: float) -> str:
     return f"{days * 86400:.3g} seconds"
 
 
+def with_vocabulary(config: Config) -> Config:
+    """The configuration with GPT-2's vocabulary, where the data would decide."""
+    return config if config.model.vocab_size else with_values(config, model={"vocab_size": GPT2_VOCAB})
+
+
 def plan(
     config: Config,
     world_size: int | None = None,
@@ -171,14 +176,11 @@ def plan(
         DoesNotFit: a rank takes more than `most_bytes`; no time is planned then.
     """
     notes = []
-    if device not in DEVICES:
-        raise ConfigError(
-            f"device = {device!r}: not in the table; use one of {', '.join(DEVICES)} and give peak_tflops"
-        )
+    gpu = device_named(device)
     if mfu is not None and not 0 < mfu <= 1:
         raise ConfigError(f"mfu = {mfu}: must lie in 0 to 1, as 0.4 for 40 percent")
     if config.model.vocab_size is None:
-        config = with_values(config, model={"vocab_size": GPT2_VOCAB})
+        config = with_vocabulary(config)
         notes.append(f"model.vocab_size is null: the data decides it; {GPT2_VOCAB} is assumed here")
     p, t = config.parallel, config.train
     if world_size is None:
@@ -194,17 +196,17 @@ def plan(
     if t.precision == "fp32":
         notes.append("train.precision = fp32: the table's peak is that of bf16; give peak_tflops")
     fullest = max(stage.total for stage in stages) / GIB
-    if fullest > 0.9 * DEVICES[device].memory_gib:
+    if fullest > 0.9 * gpu.memory_gib:
         notes.append(
-            f"{fullest:.0f} GiB will not fit on {device} ({DEVICES[device].memory_gib:g} GiB, a tenth kept free): lower "
+            f"{fullest:.0f} GiB will not fit on {device} ({gpu.memory_gib:g} GiB, a tenth kept free): lower "
             "train.micro_batch_size, raise parallel.recompute, tensor_size or pipeline_size, or use more processes"
         )
-    peak, fabric = peak_tflops or t.peak_tflops or DEVICES[device].peak_tflops, fabric or Fabric()
+    peak, fabric = peak_tflops or t.peak_tflops or gpu.peak_tflops, fabric or Fabric()
     times = None
     if mfu is None:
-        times = step_times(config, grid, replace(DEVICES[device], peak_tflops=peak), fabric, stages, num_micro_batches)
+        times = step_times(config, grid, replace(gpu, peak_tflops=peak), fabric, stages, num_micro_batches)
         mfu = flops_per_step(config) / (world_size * peak * 1e12 * times.step)
-        notes.append(f"times are predicted from shares of the device's peaks: {DEVICES[device].measured}")
+        notes.append(f"times are predicted from shares of the device's peaks: {gpu.measured}")
     return Plan(
         name=config.name,
         device=device,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pydantic import Field
 
-from esolm_megatron.config import Section
+from esolm_megatron.config import ConfigError, Section
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,17 @@ DEVICES = {
     "B200": Device(2250, 178, 8.0, 900, 2, *_HOPPER, _H200 + ", assumed of its successor"),
 }
 """Peaks from the makers' data sheets (SXM boards); memory as a job sees it."""
+
+
+def device_named(name: str) -> Device:
+    """The device.
+
+    Raises:
+        ConfigError: it is not in the table.
+    """
+    if name not in DEVICES:
+        raise ConfigError(f"device = {name!r}: not in the table; use one of {', '.join(DEVICES)} and give peak_tflops")
+    return DEVICES[name]
 
 
 class Fabric(Section):

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from esolm_megatron.config import Config, ConfigError, with_values
 from esolm_megatron.plan.cost import DoesNotFit, Plan, plan
-from esolm_megatron.plan.devices import DEVICES, Fabric
+from esolm_megatron.plan.devices import Fabric, device_named
 from esolm_megatron.plan.memory import GIB
 
 KEPT_FREE = 0.1
@@ -65,10 +65,9 @@ def fastest_layouts(
     is computed again; of layouts that differ in the last alone, that which keeps most and fits.
 
     Raises:
-        ConfigError: none fits; says what is nearest.
+        ConfigError: none fits; says what is nearest. Or the device is not in the table.
     """
-    fabric = fabric or Fabric()
-    room = DEVICES[device].memory_gib * (1 - KEPT_FREE) * GIB if device in DEVICES else 0.0
+    fabric, room = fabric or Fabric(), device_named(device).memory_gib * (1 - KEPT_FREE) * GIB
     found: list[tuple[dict[str, Any], Plan]] = []
     lost, tried, nearest, kinds = Counter[str](), 0, math.inf, ("none", "selective", "full")
     for words in _layouts(config, gpus, fabric):

@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from esolm_megatron.config import Config, ConfigError, dump, world_problems
-from esolm_megatron.plan.cost import Plan, plan
+from esolm_megatron.plan.cost import Plan, plan, with_vocabulary
 from esolm_megatron.plan.memory import GIB
 from esolm_megatron.topology import Topology
 
@@ -59,15 +59,13 @@ class Checked:
         return {"problems": self.problems, "world_size": self.planned.topology.world_size, "ranks": kept}
 
     def __rich__(self) -> Group:
-        memory = Table(title="held between steps: simulated (planned)", title_justify="left", box=SIMPLE)
+        memory = Table(title="held between steps, and how much of it is planned", title_justify="left", box=SIMPLE)
         for name in ("rank", "stage", "weights", "gradients", "optimizer"):
             memory.add_column(name, justify="right")
         for found in self.ranks:
             stage = self.planned.stages[found["stage"]]
-            cells = [
-                f"{_size(found[name])} ({_size(getattr(stage, name))})"
-                for name in ("weights", "gradients", "optimizer")
-            ]
+            pairs = [(found[name], getattr(stage, name)) for name in ("weights", "gradients", "optimizer")]
+            cells = [f"{_size(mine)} ({planned / max(mine, 1):.0%})" for mine, planned in pairs]
             memory.add_row(str(found["rank"]), str(found["stage"]), *cells)
         first = self.ranks[0]
         calls = Table(
@@ -88,7 +86,7 @@ class Checked:
 
 def _size(count: int) -> str:
     unit, name = next((x for x in ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")) if count >= x[0]), (1, "B"))
-    return f"{count / unit:.4g} {name}"
+    return f"{count / unit:.3g} {name}"
 
 
 def _sums(found: Found) -> dict[tuple[str, str], tuple[int, int]]:
@@ -102,11 +100,12 @@ def _sums(found: Found) -> dict[tuple[str, str], tuple[int, int]]:
 def check(
     config: Config, world_size: int, *, whole: bool = False, progress: Callable[[int, int], None] = lambda *_: None
 ) -> Checked:
-    """Simulate some ranks of `config` on `world_size` processes, two at a time and more where there are cores.
+    """Simulate some ranks of `config` on `world_size` processes, as many at a time as there are cores.
 
     Raises:
         ConfigError: the world does not fit the configuration, or a rank cannot build itself; with its words.
     """
+    config = with_vocabulary(config)
     planned = plan(config, world_size, mfu=0.4)
     if problems := world_problems(config, world_size, "cpu"):
         raise ConfigError("\n".join(problems))
@@ -122,7 +121,7 @@ def check(
             progress(done[0], len(ranks))
             return found
 
-        with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2 * 2)) as pool:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
             found = list(pool.map(one, ranks))
     return Checked(planned, found, disagreements(found))
 

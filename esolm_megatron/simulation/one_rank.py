@@ -34,6 +34,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from esolm_megatron.config import Config, load, with_values
+from esolm_megatron.config.tree import KernelsConfig
 from esolm_megatron.model.size import run_capacity
 from esolm_megatron.objective.esolm import Noised, draw_step
 from esolm_megatron.topology import Topology
@@ -160,7 +161,15 @@ def simulate(config: Config, rank: int, world_size: int) -> dict[str, Any]:
     topology = Topology(rank, world_size, p.tensor_size, p.pipeline_size, p.context_size)
     each = config.train.micro_batch_size * topology.data_size
     count = min(config.train.global_batch_size // each, 2 * p.pipeline_size)
-    config = with_values(config, train={"device": "cpu", "compile": False, "global_batch_size": count * each})
+    # what a CPU has no kernels for changes no call
+    here = {
+        "device": "cpu",
+        "compile": False,
+        "fp8": "none",
+        "cuda_graphs": False,
+        "kernels": KernelsConfig().model_dump(),
+    }
+    config = with_values(config, train={**here, "global_batch_size": count * each})
     noised = batch_of(config, topology)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0")
     sent = Sent(rank)

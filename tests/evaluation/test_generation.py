@@ -17,7 +17,7 @@ from esolm_megatron.evaluation.shares import shared
 from esolm_megatron.model.pretrained import save_model
 from esolm_megatron.objective.likelihood import log_likelihood
 
-TEXTS = ["the cat sat on the mat", "xyzzy", "a"]
+TEXTS = ["the cat sat on the mat", "xyzzy", "a", ""]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_a_model_of_ours_judges_left_to_right_in_parts(ours):
         order = torch.arange(part.shape[1])[None]
         exact -= log_likelihood(model.model, part, order, scored=order > 0).item()
     assert found.nats[0] == pytest.approx(exact, rel=1e-6)
-    assert found.tokens.tolist() == [22 - 5, 4, 0], "the first of a part has nothing before it"
+    assert found.tokens.tolist() == [22 - 5, 4, 0, 0], "the first of a part has nothing before it"
     assert "parts of at most 5 tokens" in judge.said
     assert "16 tokens" in load_judge(str(ours), None, torch.device("cpu")).said
 
@@ -80,14 +80,14 @@ def test_transformers_judge_as_the_reference_counts(theirs):
 
     judge = load_judge(str(theirs), None, torch.device("cpu"))
     model = transformers.GPT2LMHeadModel.from_pretrained(theirs)
-    texts = ["the cat sat on the mat", "a <end> cat <end> <end>", "a"]
+    texts = ["the cat sat on the mat", "a <end> cat <end> <end>", "a", ""]
     found = judge(texts)
     whole = [torch.tensor([[2, 3, 4, 5, 2]]), torch.tensor([[6]])]
     assert found.nats[0] == pytest.approx(4 * model(whole[0], labels=whole[0]).loss.item(), rel=1e-5)
     ids = torch.tensor([[8, 1, 3, 1, 1]])
     log_p = model(ids).logits.log_softmax(-1)[0]
     assert found.nats[1] == pytest.approx(-(log_p[0, 1] + log_p[1, 3]).item(), rel=1e-5)
-    assert found.tokens.tolist() == [4, 2, 0]
+    assert found.tokens.tolist() == [4, 2, 0, 0], "of a single token, or none, nothing is told"
     hidden = model(whole[1], output_hidden_states=True).hidden_states[-1][0, -1].detach().numpy()
     assert np.allclose(found.features[0], hidden, atol=1e-5), "of the last token"
     assert "gpt2" in judge.said

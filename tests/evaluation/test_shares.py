@@ -15,6 +15,9 @@ class Squares:
     def __init__(self, count=7, dies_at=None):
         self.count, self.tokens, self.dies_at, self.done = count, count, dies_at, []
 
+    def prepare(self):
+        self.prepared = getattr(self, "prepared", 0) + 1
+
     def part(self, number):
         if number == self.dies_at:
             raise KeyboardInterrupt
@@ -39,10 +42,19 @@ def test_what_is_done_is_not_done_again(tmp_path):
         shared(first, tmp_path, {"seed": 1})
     assert first.done == [0, 1, 2, 3]
     (tmp_path / "parts" / "0000005.json.77.new").write_text("{half of")  # as a kill leaves it
+    (tmp_path / "parts" / "0000002.json").write_text("[cut")
+    with pytest.raises(ConfigError, match="0000002.json: is not whole .*; delete it"):
+        shared(Squares(), tmp_path, {"seed": 1})
+    (tmp_path / "parts" / "0000002.json").unlink()
+    for number in (4, 5, 6):
+        (tmp_path / "parts" / f"{number:07}.json").unlink()
     second, told = Squares(), []
     assert shared(second, tmp_path, {"seed": 1}, progress=lambda *x: told.append(x)) == WANTED
-    assert second.done == [4, 5, 6]
-    assert (told[0], told[-1]) == ((4, 7), (7, 7))
+    assert second.done == [2, 4, 5, 6]
+    assert (told[0], told[-1]) == ((3, 7), (7, 7))
+    third = Squares(dies_at=0)
+    assert shared(third, tmp_path, {"seed": 1}) == WANTED
+    assert (second.prepared, hasattr(third, "prepared")) == (1, False), "nothing is prepared for nothing"
     for settings, said in (
         ({"seed": 2}, "seed = 1, now 2"),
         ({"seed": 1, "orders": 3}, "orders = None, now 3"),

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -16,6 +17,7 @@ from esolm_megatron.plan import plan
 from esolm_megatron.simulation.check import check, disagreements, ranks_to_try
 from esolm_megatron.topology import Topology
 
+ROOT = Path(__file__).parents[2]
 LAYOUTS = {
     "tensor, pipeline": {"tensor_size": 2, "pipeline_size": 2, "sequence_parallel": True},
     "context, ZeRO 2": {"context_size": 2, "zero_stage": 2},
@@ -110,9 +112,16 @@ def test_some_of_a_thousand_ranks_go_together_and_hold_what_is_planned():
 
 @pytest.mark.gloo
 def test_the_command_line(tmp_path, capsys):
+    """That of docs/scale.md, on fewer ranks: a vocabulary that the data decides, and kernels that no CPU has."""
+    path, words = (
+        str(ROOT / "configs" / "debug" / "tiny_tp2_pp2.yaml"),
+        ["train.kernels.attention=fa3", "train.precision=bf16"],
+    )
+    assert main(["plan", "check", path, *words, "--gpus", "8", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["problems"] == []
+    assert found["world_size"] == 8
     (tmp_path / "run.yaml").write_text(dump(small({"tensor_size": 2}, 4)))
-    assert main(["plan", "check", str(tmp_path / "run.yaml"), "--gpus", "4", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["problems"] == []
     assert main(["plan", "check", str(tmp_path / "run.yaml")]) == 2
     assert "plan check: takes --gpus N" in capsys.readouterr().err
     assert main(["plan", "check", str(tmp_path / "run.yaml"), "--gpus", "3"]) == 2
