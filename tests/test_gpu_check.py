@@ -120,7 +120,7 @@ def test_parts_that_are_cut_or_die_leave_what_they_had_and_the_next_ones_run(who
     assert 1 < tests["seconds"] < 60
     assert train["error"].startswith("train was killed by signal 9")
     assert [row["stage"] for row in train["results"]] == ["corpus", "tokenizer", "prepare", "train"]
-    assert len(sample["results"]) == 14 + 3
+    assert len(sample["results"]) == 14 + 3 + 2
 
 
 def test_the_budgets_fit_a_lease():
