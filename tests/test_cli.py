@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -169,6 +170,14 @@ def test_processes_share_an_evaluation_and_a_killed_one_goes_on(folder, tmp_path
     done = {p: p.stat().st_mtime_ns for p in parts.glob("*.json")}
     assert 5 <= len(done) < 24
     assert not (tmp_path / "out" / "report.json").exists()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while process.poll() is None and len(children.read_text().split()) < 2:
+        time.sleep(0.02)
+    os.kill(int(children.read_text().split()[1]), signal.SIGKILL)
+    assert "esolm eval: process 1 ended: killed by signal 9; the same command goes on" in process.communicate()[1]
+    assert process.returncode == 137
+    assert {p: p.stat().st_mtime_ns for p in done} == done
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     assert {p: p.stat().st_mtime_ns for p in done} == done, "what was done is not done again"

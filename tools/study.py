@@ -555,6 +555,9 @@ def draw(results: dict[str, object], picture: Path) -> None:
             axis.set(
                 xscale="log", xlabel="parameters in blocks", ylabel="nats per token (bound)", title=f"scaling, {SCALED}"
             )
+            sizes = [x["parameters"] for x in found]
+            axis.set_xticks(sizes, labels=[f"{size / 1000:.0f}K" for size in sizes])
+            axis.minorticks_off()
             axis.legend(fontsize=7)
         elif part == "pareto":
             for kind, top_p in dict.fromkeys((x["kind"], x["top_p"]) for x in results["pareto"]):

@@ -145,7 +145,17 @@ def run_eval(args: argparse.Namespace) -> int:
             out = chosen.out or stack.enter_context(tempfile.TemporaryDirectory())
             words += [f"out={out}", *(["--json"] if args.json else [])]
             command = [sys.executable, "-m", "esolm_megatron", "eval", str(folder), *words]
-            return run_local(command, args.processes, env={_ASKED: args.path})
+
+            def failed(rank: int, code: int) -> None:
+                after = (
+                    "the same command goes on from what is done"
+                    if chosen.out
+                    else "with out=FOLDER, what is done is kept"
+                )
+                said = f"killed by signal {-code}" if code < 0 else f"status {code}"
+                print(f"esolm eval: process {rank} ended: {said}; {after}", file=sys.stderr)
+
+            return run_local(command, args.processes, env={_ASKED: args.path}, on_failure=failed)
         kind = {"perplexity": _perplexity, "generation": _generation, "likelihood": _likelihood}[chosen.what]
         found = kind(chosen, folder, args.json)
         if found is None:

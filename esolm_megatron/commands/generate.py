@@ -179,7 +179,8 @@ def run_sample(args: argparse.Namespace) -> int:
     print(f"{made / seconds:.0f} tokens/s{more}", file=sys.stderr)
     if lost is not None and not args.json:
         print(
-            f"keys and values in 8 bits: {lost:.2g} nats a token (mean of log p with them - log p without)",
+            f"keys and values in 8 bits: {lost:.2g} nats a token (log p with them - log p without, mean over the first 16 texts; "
+            "below 0 by chance where tokens are few)",
             file=sys.stderr,
         )
     show_samples(

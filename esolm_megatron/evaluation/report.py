@@ -142,8 +142,10 @@ def draw_texts(found: Mapping[str, Sequence[Written]], picture: Path) -> None:
             for x, y, text in zip(times, heights, texts, strict=True):
                 axes.annotate(f"T = {text.steps}", (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
     titles = ["perplexity under the judge"] * judged + ["entropy of a text, nats"]
+    every = [x.seconds / x.num_samples for texts in found.values() for x in texts]
+    scale = "log" if max(every) > 10 * min(every) else "linear"  # a log scale of less has crowded numbers
     for axes, title in zip(panels, titles, strict=True):
-        axes.set(xscale="log", xlabel="ms a text", ylabel=title)
+        axes.set(xscale=scale, xlabel="ms a text", ylabel=title)
     _finish(figure, panels, picture)
 
 

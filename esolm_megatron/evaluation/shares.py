@@ -10,8 +10,8 @@ processes may go on with what is there.
 from __future__ import annotations
 
 import json
-import os
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -111,6 +111,6 @@ def _read(file: Path) -> Found:
 
 
 def _write(file: Path, content: Found) -> None:
-    new = file.with_name(f"{file.name}.{os.getpid()}.new")
+    new = file.with_name(f"{file.name}.{uuid.uuid4().hex}.new")  # processes of several hosts may have one number
     new.write_text(json.dumps(content), encoding="utf-8")
     new.replace(file)

@@ -52,5 +52,7 @@ def draw(plan: Plan, memory_gib: float, path: str | Path) -> None:
     for axes in (left, right):
         axes.legend(fontsize=8)
     left.invert_yaxis()
+    left.set_yticks(range(len(plan.stages)))
+    right.set_xticks(range(len(plan.stages)))
     with of_setting("--plot", str(path)):
         figure.savefig(path, dpi=110)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -20,6 +21,13 @@ from esolm_megatron.plan.memory import GIB
 
 KEPT_FREE = 0.1
 """Share of a device's memory for what is not planned: the libraries' own, fragments."""
+
+
+_SHORT = {
+    "parallel.tensor_size": "TP", "parallel.pipeline_size": "PP", "parallel.virtual_pipeline_size": "chunks",
+    "parallel.context_size": "CP", "train.micro_batch_size": "rows", "parallel.recompute": "recompute",
+}  # fmt: skip
+"""What a layout sets, as the table calls it."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +52,14 @@ class Found:
         return {"gpus": self.gpus, "device": self.device, "tried": self.tried, "lost": self.lost, "best": best}
 
     def __rich__(self) -> Group:
-        names = list(self.best[0][0])
-        table = Table(title=f"layouts on {self.gpus} x {self.device}, fastest first", title_justify="left")
-        for name in (*names, "tokens/s", "MFU", "days", "GiB", "bubble"):
-            table.add_column(name.split(".")[-1].removesuffix("_size"), justify="right")
+        title = f"layouts on {self.gpus} x {self.device}, fastest first; TP, PP, CP: tensor, pipeline, context ranks"
+        table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+        for name in (*_SHORT.values(), "tokens/s", "MFU", "days", "GiB", "bubble"):
+            table.add_column(name, justify="right", no_wrap=True)
         for words, x in self.best:
             assert x.times is not None
             cells = (f"{x.tokens_per_second:,.0f}", f"{x.mfu:.1%}", f"{x.days:.3g}", f"{x.memory_per_rank / GIB:.1f}")
-            table.add_row(*(str(words[name]) for name in names), *cells, f"{x.times.bubble / x.times.step:.1%}")
+            table.add_row(*(str(words[name]) for name in _SHORT), *cells, f"{x.times.bubble / x.times.step:.1%}")
         lost = ", ".join(f"{count:,} {why}" for why, count in self.lost.items())
         return Group(table, Text(f"{self.tried:,} layouts: {lost}"))
 

@@ -1,7 +1,7 @@
 """Numbered parts: each is done once, by whoever comes to it, and only for the evaluation that they belong to."""
 
 import json
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -65,17 +65,18 @@ def test_what_is_done_is_not_done_again(tmp_path):
 
 
 def test_processes_share_and_the_first_puts_together(tmp_path):
-    jobs, found = [Squares(), Squares(), Squares()], [None] * 3
-
-    def work(rank):
-        found[rank] = shared(jobs[rank], tmp_path, {"seed": 1}, rank=rank, size=3)
-
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    jobs = [Squares(), Squares(), Squares()]
+    with ThreadPoolExecutor(3) as pool:
+        works = [pool.submit(shared, jobs[rank], tmp_path, {"seed": 1}, rank=rank, size=3) for rank in range(3)]
+        found = [work.result(timeout=60) for work in works[::-1]]  # the first waits for the others
     assert [job.done for job in jobs] == [[0, 3, 6], [1, 4], [2, 5]]
-    assert found == [WANTED, None, None]
+    assert found == [None, None, WANTED]
     assert json.loads((tmp_path / "settings.json").read_text()) == {"seed": 1}
     assert shared(Squares(dies_at=0), tmp_path, {"seed": 1}, rank=0, size=2) == WANTED, "another number of processes"
+
+
+def test_many_begin_at_once(tmp_path):
+    for number in range(20):
+        with ThreadPoolExecutor(8) as pool:
+            works = [pool.submit(shared, Squares(), tmp_path / str(number), {"seed": 1}) for _ in range(8)]
+            assert [work.result(timeout=60) for work in works] == [WANTED] * 8, "each does what it does not find"

@@ -90,8 +90,10 @@ def test_a_law_predicts_the_loss(tmp_path, capsys):
 
 
 def test_what_is_shown_fits_a_terminal():
-    console = Console(width=100, record=True)
-    console.print(fastest_layouts(small(), 16))
+    console = Console(width=80, record=True)
+    found = fastest_layouts(small(), 16)
+    console.print(found)
     text = console.export_text()
+    assert f"{found.best[0][1].tokens_per_second:,.0f}" in text, "nothing is cut at 80 columns"
     assert "layouts on 16 x H100" in text
     assert "do not fit" in text
