@@ -15,16 +15,21 @@ if ! command -v nvidia-smi > /dev/null; then
 fi
 
 tier=(-m "not slow and not slurm")
+cores="$(getconf _NPROCESSORS_ONLN)"
+workers=(-n "$((cores < 4 ? cores : 4))" --dist loadfile)  # most tests keep one core busy; daemons want to be alone
 if [ "${1:-}" = "--all" ]; then
-    tier=()
+    tier=() workers=()
     shift
 fi
 
-if [ $# -eq 0 ]; then
+if [ $# -gt 0 ]; then
+    workers=()
+else
     echo "== ruff check";           "$PYTHON" -m ruff check
     echo "== ruff format --check";  "$PYTHON" -m ruff format --check
     echo "== mypy";                 "$PYTHON" -m mypy
     echo "== lint-imports";         lint-imports --no-logo
 fi
-echo "== pytest ${tier[*]} $*"
-exec "$PYTHON" -m pytest "${tier[@]}" "$@"
+options=(-ra ${tier[@]+"${tier[@]}"} ${workers[@]+"${workers[@]}"} "$@")  # an empty array is unset to bash 3
+echo "== pytest ${options[*]}"
+exec "$PYTHON" -m pytest "${options[@]}"
