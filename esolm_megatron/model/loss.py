@@ -137,6 +137,7 @@ class _Chunks:
                 dw = wide_product(d_logits.t(), x[some])
             else:
                 add_product(dw, d_logits.t(), x[some])
+            del d_logits  # the next chunk's would be made beside it
         if counts is not None:
             dw = torch.zeros_like(weight) if dw is None else dw.to(weight.dtype)
         return losses, (dx, dw, None if db is None or bias is None else db.to(bias.dtype))
@@ -164,5 +165,9 @@ class _ChunkedLoss(torch.autograd.Function):
         ).norm() > 1e-3 * grad.norm()  # false for NaN: bad steps are the guard's business
         torch._assert_async(~apart, "what is differentiated is no multiple of sum(counts * losses)")
         # in the wide type: rounded to 16 bits, a factor of 257 data ranks would be 256
-        scaled = (None if x is None else (x.to(counts.dtype) * factor).to(x.dtype) for x in gradients)
-        return *scaled, None, None
+        return *(None if x is None else _times(x, factor) for x in gradients), None, None
+
+
+def _times(x: Tensor, factor: Tensor) -> Tensor:
+    """x factor, computed in the type of the factor, with one copy of x in it at a time."""
+    return x * factor if x.dtype == factor.dtype else x.to(factor.dtype).mul_(factor).to(x.dtype)

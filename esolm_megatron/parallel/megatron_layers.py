@@ -124,8 +124,8 @@ class MegatronLinears:
         return tp.copy_to_tensor_model_parallel_region(x)
 
     def scatter_tokens(self, x: Tensor) -> Tensor:
-        """This rank's tokens; all-gather in backward."""
-        return tp.scatter_to_sequence_parallel_region(x) if self.sequence_parallel else x
+        """This rank's tokens, in memory of their own: megatron-core's are a view, which would keep those of all ranks."""
+        return tp.scatter_to_sequence_parallel_region(x).clone() if self.sequence_parallel else x
 
     def gather_tokens(self, x: Tensor) -> Tensor:
         """All tokens; in backward this rank's part of a gradient that is already whole."""

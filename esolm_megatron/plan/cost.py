@@ -129,8 +129,8 @@ class Plan:
         return [("of a step", shares), ("failures", failures)]
 
     def _memory_table(self) -> Table:
-        names = ("weights", "gradients", "optimizer", "buckets", "activations", "logits", "total")
-        headings = ("stage", "layers", "params", "weights", "grads", "optim", "buckets", "activ", "logits", "total")
+        names = ("weights", "gradients", "optimizer", "buckets", "activations", "working", "total")
+        headings = ("stage", "layers", "params", "weights", "grads", "optim", "buckets", "activ", "working", "total")
         title = "GiB on each rank of a stage (estimate)"
         table = Table(*headings, title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
         for column in table.columns:

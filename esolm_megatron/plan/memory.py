@@ -5,6 +5,7 @@ An estimate, meant to be somewhat high: the largest layout of a micro-batch, all
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from esolm_megatron.config import Config, ModelConfig
@@ -19,7 +20,8 @@ FP32 = 4
 class StagePlan:
     """What one rank of a pipeline stage holds; memory in bytes.
 
-    layers: first and last + 1 of each chunk. parameters: of the rank, its share of the tensor split.
+    layers: first and last + 1 of each chunk. parameters: of the rank, its share of the tensor split. working: what comes and
+    goes, in the loss or while backward is in a block.
     """
 
     stage: int
@@ -30,13 +32,13 @@ class StagePlan:
     optimizer: int
     buckets: int
     activations: int
-    logits: int
+    working: int
     micro_batches_in_flight: float
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.gradients + self.optimizer + self.buckets + self.activations + self.logits
+        return self.weights + self.gradients + self.optimizer + self.buckets + self.activations + self.working
 
 
 def packed_tokens(config: Config) -> int:
@@ -84,9 +86,10 @@ def stage_plan(config: Config, grid: Topology, stage: int, num_micro_batches: in
         weights=0 if p.offload_parameters else weights * working,
         gradients=gradients * FP32,
         optimizer=0 if p.offload_optimizer else states * FP32,
-        buckets=2 * min(p.reduce_bucket_elements, parameters) * FP32 if sharers > 1 else 0,
-        activations=_activation_bytes(config, count, first, in_flight, working),
-        logits=_logits_bytes(config) if last else 0,
+        # ZeRO 1 in bf16 reduces where gradients are, and others after backward
+        buckets=2 * min(p.reduce_bucket_elements, parameters) * FP32 if sharers > 1 and p.zero_stage >= 2 else 0,
+        activations=_activation_bytes(config, count, last, in_flight, working),
+        working=max(_block_bytes(config, working), _logits_bytes(config) if last else 0),
         micro_batches_in_flight=in_flight,
     )
 
@@ -103,50 +106,81 @@ def micro_batches_in_flight(stage: int, num_stages: int, num_chunks: int, num_mi
     return min(chunks, num_micro_batches * num_chunks) / num_chunks
 
 
-def _activation_bytes(config: Config, num_layers: int, first: bool, in_flight: float, working: int) -> int:
-    p = config.parallel
-    kept = channels_per_token(config.model, p.recompute, p.tensor_size, p.sequence_parallel)
-    per_token = num_layers * kept * in_flight
+def compiled(config: Config) -> bool:
+    """Whether what is between products is compiled, as it is on GPUs where nothing is said of it."""
+    t = config.train
+    return t.compile if t.compile is not None else t.device != "cpu"
+
+
+def _activation_bytes(config: Config, num_layers: int, last: bool, in_flight: float, working: int) -> int:
+    """What forward passes keep for backward, of all micro-batches that are under way."""
+    p, tokens = config.parallel, packed_tokens(config)
+    before, after = channels_per_token(config, p.recompute)
+    numbers = num_layers * (before + after) * tokens * in_flight
     if p.offload_activations:  # of the blocks' inputs, that of the one at work and that on its way to the host are here
-        per_token = min(per_token, 2 * kept)
-    if p.recompute == "full":  # the block that is being computed again keeps everything for a moment
-        per_token += channels_per_token(config.model, "none", p.tensor_size, p.sequence_parallel)
-    elif p.recompute == "selective":
-        per_token += channels_per_token(config.model, "none", p.tensor_size, p.sequence_parallel) - kept
-    if first and config.model.dropout:
-        per_token += config.model.hidden_size * in_flight
-    return round(per_token * packed_tokens(config) / p.context_size * working)
+        numbers = min(numbers, 2 * before * tokens)
+    elif last and p.recompute != "full":  # after the last attention there are only the tokens that carry loss
+        heads = 2 * (config.model.num_heads + config.model.kv_heads) * config.model.head_dim / p.tensor_size
+        numbers += places_with_loss(config) * (after + heads) - tokens * after
+    return round(numbers / p.context_size * working)
 
 
-def channels_per_token(model: ModelConfig, recompute: str, tensor_size: int, sequence_parallel: bool) -> float:
-    """Numbers that one block keeps for backward, per packed token and tensor rank.
+def _block_bytes(config: Config, working: int) -> int:
+    """What comes and goes while backward is in a block: what it computes again, and gradients between the MLP's products."""
+    model, p = config.model, config.parallel
+    again = sum(channels_per_token(config, "none")) - sum(channels_per_token(config, p.recompute))
+    inner = (3 if model.activation == "swiglu" else 2) * model.ffn_size / p.tensor_size
+    numbers = (again + inner + 2 * model.hidden_size) * packed_tokens(config) / p.context_size
+    return round(numbers * working)
 
-    Between the matrices (cut by sequence parallelism): inputs of both norms and of the first matrices after them (4 H),
-    and with dropout two masks (2 H). Inside (cut by tensor parallelism): q, k, v, the attention's output, and its copy
-    in packed order (5 N D, key-value heads being repeated, over context ranks too), and two numbers per inner channel of
-    the MLP, four with swiglu. `selective` drops the MLP's and the input of its first matrix, `full` keeps only the block's
-    input.
+
+def channels_per_token(config: Config, recompute: str) -> tuple[float, float]:
+    """Numbers that one block keeps for backward, per packed token and tensor rank: up to attention, and after it.
+
+    Between the matrices (cut by sequence parallelism): inputs of both norms, and of the first matrices after them (H each).
+    Inside (cut by tensor parallelism): the product that values are a part of ((N + 2 G) D), rotated queries and keys, what
+    attention gives (N D) and its log-sum-exp in fp32, and the MLP's numbers before and after its activation. Not compiled,
+    SwiGLU has one more for each channel, dropout two masks (2 H), and queries that share keys a copy before their norm.
+    Context ranks have copies of what they exchange; then only norms want the product.
+    `selective` drops the MLP's and the input of its first matrix, `full` keeps only the block's input.
     """
-    h, f = model.hidden_size, model.ffn_size
-    outside = h * (4 + (2 if model.dropout else 0))
-    attention = 5 * model.num_heads * model.head_dim
-    mlp = f * (4 if model.activation == "swiglu" else 2)
+    model, p, lean = config.model, config.parallel, compiled(config)
+    h, width, shared = model.hidden_size, model.num_heads * model.head_dim, model.kv_heads * model.head_dim
+    around = p.tensor_size if p.sequence_parallel else 1
     if recompute == "full":
-        outside, attention, mlp = h, 0, 0
-    elif recompute == "selective":
-        outside, mlp = outside - h, 0
-    return outside / (tensor_size if sequence_parallel else 1) + (attention + mlp) / tensor_size
+        return h / around, 0
+    mixed = width + 2 * model.num_heads
+    if p.context_size > 1:
+        sent = max(shared, p.tensor_size * p.context_size * model.head_dim)
+        inside, mixed = width + 2 * sent + (width + 2 * shared if model.qk_norm else 0), mixed + width
+    else:
+        inside = 2 * width + 3 * shared
+    if model.qk_norm:  # what divides them, in fp32
+        inside += 2 * (model.num_heads + model.kv_heads) + (0 if lean or shared == width else width)
+    after = h * (4 if model.dropout and not lean else 2)
+    mlp = model.ffn_size * (2 if model.activation == "gelu" else 3 if lean else 4)
+    if recompute == "selective":
+        after, mlp = after - h, 0
+    return 2 * h / around + inside / p.tensor_size, after / around + (mixed + mlp) / p.tensor_size
+
+
+def places_with_loss(config: Config) -> int:
+    """Tokens of a micro-batch whose losses count, at most: all but the rarest draws have fewer (two standard deviations)."""
+    diffusion, _ = rows_of_parts(config)
+    if config.objective.diffusion_loss == "any_order":
+        return _mask_places(config)
+    alpha_0, rows = config.objective.alpha_0, max(diffusion, 1)
+    share = min(1 - alpha_0 / 2 + 2 * alpha_0 / math.sqrt(12 * rows), 1)  # of a row, uniform between 1 - alpha_0 and 1
+    return round(diffusion * config.model.seq_length * share) + _mask_places(config)
 
 
 def _logits_bytes(config: Config) -> int:
-    """A chunk of logits in fp32 and its gradient, were every place masked, the head's gradient, in fp32 where there are several
-    chunks, and that of what the head is fed (model/loss.py).
+    """A chunk of logits in fp32 and its gradient, the head's gradient, in fp32 where there are several chunks, and that of what
+    the head is fed (model/loss.py); or in backward, the head's gradient in fp32 between two in the working type.
     """
-    diffusion, _ = rows_of_parts(config)
-    plain = 0 if config.objective.diffusion_loss == "any_order" else diffusion * config.model.seq_length
-    places, tensor_size = plain + _mask_places(config), config.parallel.tensor_size
-    vocab = padded_vocab(config.model.vocab, tensor_size) // tensor_size
-    whole, hidden = -(-places // config.parallel.context_size) * vocab, config.model.hidden_size
+    p, hidden = config.parallel, config.model.hidden_size
+    places, vocab = -(-places_with_loss(config) // p.context_size), padded_vocab(config.model.vocab, p.tensor_size) // p.tensor_size
     width = 2 if config.train.precision == "bf16" else FP32
-    held = (FP32 + width) * min(whole, LOGITS_PER_CHUNK) + width * -(-places // config.parallel.context_size) * hidden
-    return held + (FP32 if whole > LOGITS_PER_CHUNK else 0) * vocab * hidden + width * vocab * hidden
+    wide = FP32 if places * vocab > LOGITS_PER_CHUNK else 0
+    chunk = (FP32 + width) * min(places * vocab, LOGITS_PER_CHUNK) + (wide + width) * vocab * hidden
+    return max(chunk, (FP32 + 2 * width) * vocab * hidden) + width * places * hidden

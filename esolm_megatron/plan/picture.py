@@ -9,7 +9,7 @@ from esolm_megatron.errors import of_setting, optional
 from esolm_megatron.plan.cost import Plan
 from esolm_megatron.plan.memory import GIB
 
-PARTS = ("weights", "gradients", "optimizer", "buckets", "activations", "logits")
+PARTS = ("weights", "gradients", "optimizer", "buckets", "activations", "working")
 
 
 def draw(plan: Plan, memory_gib: float, path: str | Path) -> None:

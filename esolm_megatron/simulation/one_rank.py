@@ -37,6 +37,7 @@ from esolm_megatron.config import Config, load, with_values
 from esolm_megatron.config.tree import KernelsConfig
 from esolm_megatron.model.size import run_capacity
 from esolm_megatron.objective.esolm import Noised, draw_step
+from esolm_megatron.simulation.as_gpu import take_a_gpus_branches
 from esolm_megatron.topology import Topology
 
 COLLECTIVES = (
@@ -120,10 +121,11 @@ class Sent:
 
 
 @contextmanager
-def without_memory() -> Iterator[None]:
+def without_memory(fake: FakeTensorMode) -> Iterator[None]:
     """Tensors made inside have no data. Where the code asks for a number it gets 1, and for a flag no."""
     scalar = torch.ops.aten._local_scalar_dense.default
     before, to = fake_impls.op_implementations_dict.get(scalar), torch.nn.Module.to
+    skip_init = torch.nn.utils.skip_init
 
     def one(mode, function, x):
         if x.dtype in (torch.bool, torch.uint8):  # as of what overflowed
@@ -132,12 +134,14 @@ def without_memory() -> Iterator[None]:
 
     fake_impls.op_implementations_dict[scalar] = one
     torch.nn.Module.to = lambda self, *args, **kwargs: self  # type: ignore[assignment,method-assign]
+    torch.nn.utils.skip_init = lambda kind, *args, **kwargs: kind(*args, **kwargs)  # moving to a device fails
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with fake:
             yield
     finally:
         fake_impls.op_implementations_dict[scalar] = before
         torch.nn.Module.to = to  # type: ignore[method-assign]
+        torch.nn.utils.skip_init = skip_init
 
 
 def batch_of(config: Config, topology: Topology) -> Noised:
@@ -161,10 +165,10 @@ def simulate(config: Config, rank: int, world_size: int) -> dict[str, Any]:
     topology = Topology(rank, world_size, p.tensor_size, p.pipeline_size, p.context_size)
     each = config.train.micro_batch_size * topology.data_size
     count = min(config.train.global_batch_size // each, 2 * p.pipeline_size)
-    # what a CPU has no kernels for changes no call
-    here = {
+    take_a_gpus_branches(compiled=config.train.compile is not False)
+    here = {  # what changes no call
         "device": "cpu",
-        "compile": False,
+        "compile": config.train.compile is not False,
         "fp8": "none",
         "cuda_graphs": False,
         "kernels": KernelsConfig().model_dump(),
@@ -176,15 +180,16 @@ def simulate(config: Config, rank: int, world_size: int) -> dict[str, Any]:
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     from esolm_megatron.parallel.engine import Engine
 
-    live = Live()
-    with without_memory(), live:
+    live, fake = Live(), FakeTensorMode(allow_non_fake_inputs=True)  # one: another would have storages of its own
+    with without_memory(fake), live:
         engine = Engine(config)
     staged, built, held = engine.stage(noised), sent.taken(), live.bytes
-    with without_memory(), live:
+    with without_memory(fake), live:
         live.peak = held
         engine.forward_backward(staged)
-        passes = live.peak
+        passes, live.peak = live.peak, live.bytes
         engine.state.step(1e-3)
+        print("STEP", (live.peak-held)/2**30, "after passes", (live.bytes-held)/2**30, file=sys.stderr)
     weights = sum(x.numel() * x.element_size() for chunk in engine.chunks for x in chunk.parameters())
     gradients = 4 * sum(o.parameter.numel() for o in engine.owned) if p.zero_stage < 2 else 0
     found = {"rank": rank, "stage": topology.stage, "micro_batches": count, "weights": weights, "gradients": gradients}
