@@ -17,7 +17,7 @@ step; while the layout stayed the same, its weights must be those of the undistu
 restarts take turns over several layouts of 4 processes (tensor, sequence, context, pipeline, interleaved and data
 parallelism, ZeRO 0 to 3). Layouts add in another order, and training multiplies such rounding with every step, so weights
 that started equal do not end equal on two layouts; instead the losses of the first steps, restarts among them, must agree
-to fp32 rounding, and those of the last tenth on average.
+to fp32 rounding, and in the last tenth those of most steps roughly.
 
 --out gets report.json, and table.md for docs/reliability.md. Exits with 1 where something was lost.
 """
@@ -36,7 +36,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 import yaml
@@ -61,7 +61,8 @@ LAYOUTS: tuple[dict[str, int | bool], ...] = (
 FIRST_STEPS, ROUNDING = 12, 1e-5
 """On several layouts: steps at the start, and the largest relative difference of their losses."""
 IN_THE_END = 0.02
-"""The same of the mean loss of the last tenth of all steps."""
+"""The median of the last tenth's differences. Not their mean: what a rare token does is decided by gradients near rounding, and
+where it comes a step's loss may differ by 15 percent and the next ones by 1e-3; both runs then repeat theirs bit for bit."""
 HANGS_S = 300.0
 FILE_LIMIT_KIB = 600
 """Below the size of each rank's checkpoint, above that of logs and metrics."""
@@ -301,11 +302,10 @@ def losses(run: Path) -> dict[int, float]:
 
 
 def apart(a: Path, b: Path, steps: int) -> tuple[float, float]:
-    """Largest relative difference of the losses of two runs' first steps, and that of the mean of the last tenth."""
+    """Largest relative difference of the losses of two runs' first steps, and the median of those of the last tenth."""
     one, two = losses(a), losses(b)
     first = max(abs(one[s] / two[s] - 1) for s in range(1, FIRST_STEPS + 1))
-    means = [fmean(x[s] for s in range(steps - steps // 10, steps + 1)) for x in (one, two)]
-    return first, abs(means[0] / means[1] - 1)
+    return first, median(abs(one[s] / two[s] - 1) for s in range(steps - steps // 10, steps + 1))
 
 
 def table(troubles: list[Trouble]) -> str:
@@ -381,7 +381,7 @@ def main() -> None:
     CONSOLE.print(table(chaos.troubles), soft_wrap=True)
     CONSOLE.print(
         f"step {steps} reached; from the undisturbed run differ: weights {worst:g}, losses of the first {FIRST_STEPS} steps "
-        f"{first:.1e}, mean loss of the last tenth {last:.1e}"
+        f"{first:.1e}, those of the last tenth {last:.1e} in the median"
     )
     if worst > 0 and not args.layouts:
         raise SystemExit("LOST: the weights are not those of the undisturbed run")
