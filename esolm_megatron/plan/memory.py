@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from esolm_megatron.config import Config, ModelConfig
+from esolm_megatron.config import Config
 from esolm_megatron.model.size import LOGITS_PER_CHUNK, layers_of_stages, run_capacity, stage_parameters
 from esolm_megatron.topology import Topology, layers_of_chunk, padded_vocab
 
@@ -79,6 +79,8 @@ def stage_plan(config: Config, grid: Topology, stage: int, num_micro_batches: in
     ):  # one moment of blocks, where AdamW has two; their few vectors are counted with them
         blocks = stage_parameters(m, count, first=False, last=False, tensor_size=p.tensor_size)
         states -= round(optimizer * blocks / parameters)
+    # ZeRO 1 in bf16 reduces where gradients are, and in fp32 after backward
+    buckets = 2 * min(p.reduce_bucket_elements, parameters) * FP32 if sharers > 1 and p.zero_stage >= 2 else 0
     return StagePlan(
         stage=stage,
         layers=tuple((x.start, x.stop) for x in layers),
@@ -86,10 +88,9 @@ def stage_plan(config: Config, grid: Topology, stage: int, num_micro_batches: in
         weights=0 if p.offload_parameters else weights * working,
         gradients=gradients * FP32,
         optimizer=0 if p.offload_optimizer else states * FP32,
-        # ZeRO 1 in bf16 reduces where gradients are, and others after backward
-        buckets=2 * min(p.reduce_bucket_elements, parameters) * FP32 if sharers > 1 and p.zero_stage >= 2 else 0,
+        buckets=buckets,
         activations=_activation_bytes(config, count, last, in_flight, working),
-        working=max(_block_bytes(config, working), _logits_bytes(config) if last else 0),
+        working=max(_block_bytes(config, working), _logits_bytes(config) - buckets if last else 0),
         micro_batches_in_flight=in_flight,
     )
 
@@ -140,7 +141,7 @@ def channels_per_token(config: Config, recompute: str) -> tuple[float, float]:
     Between the matrices (cut by sequence parallelism): inputs of both norms, and of the first matrices after them (H each).
     Inside (cut by tensor parallelism): the product that values are a part of ((N + 2 G) D), rotated queries and keys, what
     attention gives (N D) and its log-sum-exp in fp32, and the MLP's numbers before and after its activation. Not compiled,
-    SwiGLU has one more for each channel, dropout two masks (2 H), and queries that share keys a copy before their norm.
+    SwiGLU has one more for each channel, and dropout two masks of numbers (2 H), where a compiler keeps one of bytes.
     Context ranks have copies of what they exchange; then only norms want the product.
     `selective` drops the MLP's and the input of its first matrix, `full` keeps only the block's input.
     """
@@ -156,8 +157,8 @@ def channels_per_token(config: Config, recompute: str) -> tuple[float, float]:
     else:
         inside = 2 * width + 3 * shared
     if model.qk_norm:  # what divides them, in fp32
-        inside += 2 * (model.num_heads + model.kv_heads) + (0 if lean or shared == width else width)
-    after = h * (4 if model.dropout and not lean else 2)
+        inside += 2 * (model.num_heads + model.kv_heads)
+    after = h * (2 if not model.dropout else 2.5 if lean else 4)
     mlp = model.ffn_size * (2 if model.activation == "gelu" else 3 if lean else 4)
     if recompute == "selective":
         after, mlp = after - h, 0
@@ -179,7 +180,10 @@ def _logits_bytes(config: Config) -> int:
     the head is fed (model/loss.py); or in backward, the head's gradient in fp32 between two in the working type.
     """
     p, hidden = config.parallel, config.model.hidden_size
-    places, vocab = -(-places_with_loss(config) // p.context_size), padded_vocab(config.model.vocab, p.tensor_size) // p.tensor_size
+    places, vocab = (
+        -(-places_with_loss(config) // p.context_size),
+        padded_vocab(config.model.vocab, p.tensor_size) // p.tensor_size,
+    )
     width = 2 if config.train.precision == "bf16" else FP32
     wide = FP32 if places * vocab > LOGITS_PER_CHUNK else 0
     chunk = (FP32 + width) * min(places * vocab, LOGITS_PER_CHUNK) + (wide + width) * vocab * hidden

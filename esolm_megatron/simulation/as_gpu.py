@@ -2,7 +2,7 @@
 
 Names stay those of CPU tensors. Operators that only CUDA has know the shapes of what they give wherever they are called; for
 what is Triton's there are stand-ins that allocate what it allocates, and for what a compiler fuses, ones that keep for backward
-what it would keep: a test compares them with a compiler's own.
+what it would keep (tests/plan compares the sum of them with a compiler's own).
 """
 
 # mypy: allow-untyped-defs
@@ -50,7 +50,9 @@ class _Rotated(torch.autograd.Function):
         groups, queries, width = sizes
         q, k = (y.new_empty(len(y), heads, width) for heads in (groups * queries, groups))
         ctx.shape = y.shape
-        ctx.save_for_backward(*norms, *((y, *(x.new_empty(x.shape[:2], dtype=torch.float32) for x in (q, k))) if norms else ()))
+        ctx.save_for_backward(
+            *norms, *((y, *(x.new_empty(x.shape[:2], dtype=torch.float32) for x in (q, k))) if norms else ())
+        )
         return q, k
 
     @staticmethod
@@ -95,13 +97,19 @@ class _RmsNorm(torch.autograd.Function):
 def take_a_gpus_branches(compiled: bool) -> None:
     """For good: of this process, which does nothing else. compiled: keep what a compiler keeps."""
     kernels.GPU_DEVICES.add("cpu")
-    flash.error_of = lambda kernel, device: 0.0  # nothing is computed here that could be wrong, or slow
-    flash.time_calls = lambda calls, dtype, device, candidates=None: {str(call): {} for call in calls}
-    loss.elementwise = lambda logits: _Loss()
-    F.rms_norm = lambda x, shape, weight, eps: _RmsNorm.apply(x, weight)
+    instead = [
+        (flash, "error_of", lambda kernel, device: 0.0),  # nothing is computed here that could be wrong, or slow
+        (flash, "time_calls", lambda calls, dtype, device: None),
+        (flash, "use", lambda times, calls, wanted: []),
+        (loss, "elementwise", lambda logits: _Loss()),
+        (F, "rms_norm", lambda x, shape, weight, eps: _RmsNorm.apply(x, weight)),
+        (transformer, "compiled", lambda **options: between.EAGER),
+        (torch, "compile", lambda function, **options: function),
+    ]
     if compiled:
-        between.hashed_dropout = lambda x, ids, salt, p: _Dropped.apply(x)
+        instead.append((between, "hashed_dropout", lambda x, ids, salt, p: _Dropped.apply(x)))
+    for module, name, function in instead:
+        setattr(module, name, function)
+    if compiled:
         for name, function in {"heads": _heads, "activate": _Activated.apply, "drop": between.hashed_dropout}.items():
             object.__setattr__(between.EAGER, name, function)
-    transformer.compiled = lambda **options: between.EAGER
-    torch.compile = lambda function, **options: function

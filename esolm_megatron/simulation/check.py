@@ -59,12 +59,15 @@ class Checked:
         return {"problems": self.problems, "world_size": self.planned.topology.world_size, "ranks": kept}
 
     def __rich__(self) -> Group:
-        memory = Table(title="held between steps, and how much of it is planned", title_justify="left", box=SIMPLE)
-        for name in ("rank", "stage", "weights", "gradients", "optimizer"):
+        title = "held between steps, the most beyond that in one, and how much of it is planned"
+        memory = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+        for name in ("rank", "stage", "weights", "gradients", "optimizer", "activations", "at most"):
             memory.add_column(name, justify="right")
         for found in self.ranks:
             stage = self.planned.stages[found["stage"]]
-            pairs = [(found[name], getattr(stage, name)) for name in ("weights", "gradients", "optimizer")]
+            held = [(found[name], getattr(stage, name)) for name in ("weights", "gradients", "optimizer")]
+            passes = found["activations"], stage.activations + stage.working + stage.buckets
+            pairs = [*held, passes, (sum(mine for mine, _ in (*held, passes)), stage.total)]
             cells = [f"{_size(mine)} ({planned / max(mine, 1):.0%})" for mine, planned in pairs]
             memory.add_row(str(found["rank"]), str(found["stage"]), *cells)
         first = self.ranks[0]

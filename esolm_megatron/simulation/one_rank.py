@@ -3,7 +3,7 @@ are not there.
 
 torch's fake process group answers each collective at once; fake tensors have shapes and types, and no data. So what is run is
 what a cluster runs (network, ZeRO's partitions, megatron-core's schedules), in a second or some. What it computes is worthless;
-what it allocates and sends is not. A GPU's own kernels are not asked: operators are those of a CPU, without compilation.
+what it allocates and sends is not: as on a GPU, see as_gpu.py.
 
 `python -m esolm_megatron.simulation.one_rank RUN.yaml RANK WORLD_SIZE` writes what it found as JSON, as its last line.
 """
@@ -37,6 +37,7 @@ from esolm_megatron.config import Config, load, with_values
 from esolm_megatron.config.tree import KernelsConfig
 from esolm_megatron.model.size import run_capacity
 from esolm_megatron.objective.esolm import Noised, draw_step
+from esolm_megatron.plan.memory import compiled
 from esolm_megatron.simulation.as_gpu import take_a_gpus_branches
 from esolm_megatron.topology import Topology
 
@@ -58,7 +59,7 @@ class Live(TorchDispatchMode):
         """Run the operator, and look at what it gave."""
         out = function(*args, **(kwargs or {}))
         for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor):
+            if isinstance(x, torch.Tensor) and x.device.type != "meta":  # which DeepSpeed keeps for shapes
                 self._look(x.untyped_storage())
         return out
 
@@ -159,16 +160,16 @@ def simulate(config: Config, rank: int, world_size: int) -> dict[str, Any]:
     """What a rank allocates and sends while it builds itself and does one step, of as many micro-batches as fill its pipeline.
 
     weights, gradients, optimizer: bytes that it holds between steps. activations: the most beyond them in forward and
-    backward, with operators of a CPU. built, step: what was called then, see `Sent`.
+    backward. built, step: what was called then, see `Sent`.
     """
     p = config.parallel
     topology = Topology(rank, world_size, p.tensor_size, p.pipeline_size, p.context_size)
     each = config.train.micro_batch_size * topology.data_size
     count = min(config.train.global_batch_size // each, 2 * p.pipeline_size)
-    take_a_gpus_branches(compiled=config.train.compile is not False)
+    take_a_gpus_branches(compiled(config))
     here = {  # what changes no call
         "device": "cpu",
-        "compile": config.train.compile is not False,
+        "compile": compiled(config),
         "fp8": "none",
         "cuda_graphs": False,
         "kernels": KernelsConfig().model_dump(),
@@ -176,6 +177,10 @@ def simulate(config: Config, rank: int, world_size: int) -> dict[str, Any]:
     config = with_values(config, train={**here, "global_batch_size": count * each})
     noised = batch_of(config, topology)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0")
+    # objects of other ranks would be made of what is in memory
+    dist.broadcast_object_list = c10d.broadcast_object_list = lambda object_list, src=None, group=None, device=None: (
+        None
+    )
     sent = Sent(rank)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     from esolm_megatron.parallel.engine import Engine
@@ -187,9 +192,8 @@ def simulate(config: Config, rank: int, world_size: int) -> dict[str, Any]:
     with without_memory(fake), live:
         live.peak = held
         engine.forward_backward(staged)
-        passes, live.peak = live.peak, live.bytes
+        passes = live.peak
         engine.state.step(1e-3)
-        print("STEP", (live.peak-held)/2**30, "after passes", (live.bytes-held)/2**30, file=sys.stderr)
     weights = sum(x.numel() * x.element_size() for chunk in engine.chunks for x in chunk.parameters())
     gradients = 4 * sum(o.parameter.numel() for o in engine.owned) if p.zero_stage < 2 else 0
     found = {"rank": rank, "stage": topology.stage, "micro_batches": count, "weights": weights, "gradients": gradients}

@@ -12,7 +12,7 @@ from rich.console import Console
 from truth import MODERN, make_config
 
 from esolm_megatron.cli import main
-from esolm_megatron.config import ConfigError, dump
+from esolm_megatron.config import ConfigError, dump, load
 from esolm_megatron.plan import plan
 from esolm_megatron.simulation.check import check, disagreements, ranks_to_try
 from esolm_megatron.topology import Topology
@@ -108,6 +108,34 @@ def test_some_of_a_thousand_ranks_go_together_and_hold_what_is_planned():
     console.print(found)
     assert "6 of 1,024 ranks were simulated: what they call of each other goes together" in console.export_text()
     assert json.loads(json.dumps(found.as_dict()))["ranks"][0]["calls"]
+
+
+SPLITS = {
+    "tensor, selective": (["tensor_size=2", "sequence_parallel=true", "recompute=selective"], 16, 0),
+    "context": (["context_size=2", "tensor_size=1", "sequence_parallel=false", "recompute=none"], 16, 0),
+    "pipeline in chunks, not compiled": (
+        ["pipeline_size=2", "virtual_pipeline_size=2", "tensor_size=2", "recompute=none"],
+        8,
+        0,
+    ),
+    "its last stage": (["pipeline_size=2", "tensor_size=2", "recompute=none"], 8, 6),
+    "everything again": (["tensor_size=2", "recompute=full"], 16, 0),
+}
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("layout", SPLITS)
+def test_memory_is_planned_within_a_twentieth(layout, tmp_path):
+    """Eight of 7B's blocks; what a rank holds, and the most that a step adds."""
+    words, world, number = SPLITS[layout]
+    words = [f"parallel.{word}" for word in words] + ["model.num_layers=8", "model.vocab_size=50258", "data.path=none"]
+    words += [f"train.compile={'false' if 'not compiled' in layout else 'null'}", "train.global_batch_size=64"]
+    config = load(ROOT / "configs" / "scale" / "7b.yaml", words)
+    found = simulated(config, number, world, tmp_path)
+    stage = plan(config, world).stages[found["stage"]]
+    took = sum(found[name] for name in ("weights", "gradients", "optimizer", "activations"))
+    assert 0.97 < stage.total / took < 1.05
+    assert found["activations"] > took / 10
 
 
 @pytest.mark.gloo
