@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--mfu", type=float, default=None, help="assume this share of its peak; default: predict it")
     made.add_argument("--on", metavar="CLUSTER.yaml", help="the cluster's GPUs, wires and failures")
     made.add_argument("--all", action="store_true", help="check: all ranks of a replica, not the ends of each stage")
+    made.add_argument("--write", metavar="NEW.yaml", help="search: the fastest layout as a configuration")
     made.add_argument("--plot", metavar="FILE.png", help="draw a step by stage, and memory by part")
     made.add_argument("--law", metavar="LAW.json", help="predict the loss by the law that tools/study.py fitted")
     fields(made, "override section.field of the file")

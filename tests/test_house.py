@@ -25,7 +25,7 @@ CODE_LINES = {
     ),
     "data": (3250, "data"),
     "inference": (2300, "inference huggingface sample score"),
-    "evaluation, plans and simulated ranks": (2000, "evaluation plan simulation"),
+    "evaluation, plans and simulated ranks": (2150, "evaluation plan simulation"),
     "what starts and watches runs": (2900, "launch doctor commands cli __init__ __main__"),
 }
 """Most lines of code in each part, and the part's files and folders."""

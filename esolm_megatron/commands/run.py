@@ -20,7 +20,7 @@ from esolm_megatron.terminal import Terminal
 
 def run_plan(args: argparse.Namespace) -> int:
     """What the run will cost, or which layouts of it are the fastest."""
-    from esolm_megatron.plan import DEVICES, Fabric, fastest_layouts, plan
+    from esolm_megatron.plan import DEVICES, Fabric, fastest_layouts, plan, write_recipe
     from esolm_megatron.plan.picture import draw
 
     kind, words = args.path if args.path in ("search", "check") else None, list(args.overrides)
@@ -38,8 +38,14 @@ def run_plan(args: argparse.Namespace) -> int:
         processes is None or args.mfu is not None or args.plot is not None or args.law is not None
     ):
         raise ConfigError(f"plan {kind}: takes --gpus N, or --on CLUSTER.yaml")
+    if args.write is not None and kind != "search":
+        raise ConfigError(f"--write {args.write}: it is for plan search, whose fastest layout it keeps")
+    if args.write is not None and Path(args.write).exists():
+        raise ConfigError(f"--write {args.write}: it is there; name another file, or remove it")
     if kind == "search":
         found = fastest_layouts(load(path, words), processes, device=device, fabric=fabric)
+        if args.write is not None:
+            write_recipe(found, path, words, args.write)
         show(found, found.as_dict, args.json)
         return 0
     if kind == "check":

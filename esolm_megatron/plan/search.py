@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.box import SIMPLE
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from esolm_megatron.config import Config, ConfigError, with_values
+from esolm_megatron.config.yaml_text import value_of
+from esolm_megatron.errors import of_setting
 from esolm_megatron.plan.cost import DoesNotFit, Plan, plan
 from esolm_megatron.plan.devices import Fabric, device_named
 from esolm_megatron.plan.memory import GIB
@@ -143,9 +149,37 @@ def _layouts(config: Config, gpus: int, fabric: Fabric) -> Iterator[dict[str, An
 
 
 def _with(config: Config, words: dict[str, Any]) -> Config:
+    return with_values(config, **_sections(words))
+
+
+def _sections(words: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """All that a layout decides, section by section."""
     parallel = {name.split(".")[1]: value for name, value in words.items() if name.startswith("parallel.")}
-    several = parallel["tensor_size"] > 1
-    parallel |= {"sequence_parallel": several, "layers_per_stage": None}
+    parallel |= {"sequence_parallel": parallel["tensor_size"] > 1, "layers_per_stage": None}
     if parallel["pipeline_size"] == 1:
         parallel |= {"deallocate_pipeline_outputs": False}
-    return with_values(config, parallel=parallel, train={"micro_batch_size": words["train.micro_batch_size"]})
+    return {"parallel": parallel, "train": {"micro_batch_size": words["train.micro_batch_size"]}}
+
+
+def write_recipe(found: Found, base: str, overrides: list[str], file: str) -> None:
+    """Write the fastest layout as a configuration that goes on from the file `base`, with what it was searched with.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    words, x = found.best[0]
+    grid, path = x.topology, Path(file)
+    tree: dict[str, Any] = {}
+    for override in overrides:
+        *parents, last = override.partition("=")[0].split(".")
+        reduce(lambda node, name: node.setdefault(name, {}), parents, tree)[last] = value_of(override, Config)
+    for section, values in _sections(words).items():
+        tree.setdefault(section, {}).update(values)
+    context = f" x CP {grid.context_size}" if grid.context_size > 1 else ""
+    text = (
+        f"# The fastest layout of {Path(base).name} that `esolm plan search` found.\n"
+        f"# For {found.gpus} x {found.device} (TP {grid.tensor_size} x PP {grid.pipeline_size}{context} x DP {grid.data_size}).\n\n"
+        f"base: {os.path.relpath(base, path.parent)}\nname: {x.name}-{found.gpus}\n\n"
+    )
+    with of_setting("--write", file):
+        path.write_text(text + yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")

@@ -7,7 +7,7 @@ from rich.console import Console
 from test_timing import CONFIGS, V
 
 from esolm_megatron.cli import main
-from esolm_megatron.config import ConfigError, load
+from esolm_megatron.config import ConfigError, dump, load
 from esolm_megatron.plan import fastest_layouts, plan
 
 
@@ -97,3 +97,29 @@ def test_what_is_shown_fits_a_terminal():
     assert f"{found.best[0][1].tokens_per_second:,.0f}" in text, "nothing is cut at 80 columns"
     assert "layouts on 16 x H100" in text
     assert "do not fit" in text
+
+
+def test_the_fastest_layout_is_written_as_a_configuration(tmp_path, capsys):
+    """From another folder, with what it was searched with; and nothing is overwritten."""
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "run.yaml").write_text(dump(small()))
+    command = ["plan", "search", str(tmp_path / "run.yaml"), "optim.lr=1e-4", "--gpus", "16", "--json"]
+    command += ["--write", str(tmp_path / "recipes" / "run_16.yaml")]
+    assert main(command) == 0
+    (best, *_) = json.loads(capsys.readouterr().out)["best"]
+    config = load(tmp_path / "recipes" / "run_16.yaml")
+    assert config.optim.lr == 1e-4
+    assert config.name == f"{small().name}-16"
+    for name, value in best["settings"].items():
+        section, field = name.split(".")
+        assert getattr(getattr(config, section), field) == value
+    assert plan(config, 16).tokens_per_second == best["tokens_per_second"]
+    before = (tmp_path / "recipes" / "run_16.yaml").read_bytes()
+    assert main(command) == 2
+    assert "it is there; name another file" in capsys.readouterr().err
+    assert (tmp_path / "recipes" / "run_16.yaml").read_bytes() == before
+    command[-1] = str(tmp_path / "nowhere" / "run.yaml")
+    assert main(command) == 2
+    assert f"--write = {command[-1]!r}: No such file" in capsys.readouterr().err
+    assert main(["plan", str(tmp_path / "run.yaml"), "--write", "x.yaml"]) == 2
+    assert "it is for plan search" in capsys.readouterr().err

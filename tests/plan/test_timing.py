@@ -19,10 +19,10 @@ def planned(name, *words, world=1, device="H200", **options):
     return plan(load(CONFIGS / f"{name}.yaml", [V, *words]), world, device=device, **options)
 
 
-def one_gpu(size, alpha_0, rows):
+def one_gpu(size, alpha_0, rows, *more):
     name = {"124m": "paper/124m_alpha0p25", "1.7b": "scale/1p7b"}[size]
     words = [f"objective.alpha_0={alpha_0}", "objective.diffusion_fraction=null", f"train.global_batch_size={rows}"]
-    return planned(name, *words, f"train.micro_batch_size={rows}", "parallel.recompute=none")
+    return planned(name, *words, f"train.micro_batch_size={rows}", "parallel.recompute=none", *more)
 
 
 def test_steps_are_within_15_percent_of_those_measured_on_one_gpu():
@@ -113,35 +113,39 @@ def test_failures_and_checkpoints_by_hand():
 
 
 CELL = r" ([\w.,%]+) \|"
-RECIPES = re.compile(rf"^\|{CELL}{CELL} (\d+) x (\d+) x (\d+) x (\d+) \|{8 * CELL}$", re.MULTILINE)
-
-
-def recipe_words(tensor, stages, context, chunks, recompute, rows):
-    words = [
-        V,
-        f"parallel.tensor_size={tensor}",
-        f"parallel.pipeline_size={stages}",
-        f"parallel.context_size={context}",
-    ]
-    words += [
-        f"parallel.virtual_pipeline_size={chunks}",
-        f"parallel.recompute={recompute}",
-        f"train.micro_batch_size={rows}",
-    ]
-    words += [f"parallel.sequence_parallel={str(int(tensor) > 1).lower()}"]
-    return [*words, "parallel.deallocate_pipeline_outputs=false"] if stages == "1" else words
+RECIPES = re.compile(
+    rf"^\| \[\w+\]\(../(configs/scale/recipes/\w+.yaml)\) \|{CELL} ([\dx ]+) \|{8 * CELL}$", re.MULTILINE
+)
 
 
 def test_the_table_of_recipes_is_what_is_planned():
     rows = RECIPES.findall((ROOT / "docs" / "scale.md").read_text())
-    assert {row[0] for row in rows} == {"7b", "13b", "70b", "100b"}
+    assert {ROOT / row[0] for row in rows} == set((CONFIGS / "scale" / "recipes").glob("*.yaml"))
+    assert {Path(row[0]).stem.partition("_")[0] for row in rows} == {"7b", "13b", "70b", "100b"}
     assert {row[1] for row in rows} >= {"64", "4,096"}
-    for name, gpus, tensor, stages, context, replicas, chunks, recompute, batch, *said in rows:
-        words = [*recipe_words(tensor, stages, context, chunks, recompute, batch), "train.global_batch_size=1024"]
-        x = plan(load(CONFIGS / "scale" / f"{name}.yaml", words), int(gpus.replace(",", "")), device="H100")
-        assert x.topology.data_size == int(replicas)
+    for path, gpus, layout, *said in rows:
+        config = load(ROOT / path)
+        x = plan(config, int(gpus.replace(",", "")), device="H100")
+        grid, p = x.topology, config.parallel
+        assert layout == f"{grid.tensor_size} x {grid.pipeline_size} x {grid.context_size} x {grid.data_size}"
         rate, gib = f"{x.tokens_per_second / 1e6:.2f}M", f"{x.memory_per_rank / 2**30:.0f}"
-        assert said == [rate, f"{100 * x.mfu:.0f}%", f"{x.days:.3g}", f"{100 * x.reliability.goodput:.1f}%", gib], (
-            name,
-            gpus,
-        )
+        found = [
+            f"{p.virtual_pipeline_size}",
+            p.recompute,
+            f"{config.train.micro_batch_size}",
+            rate,
+            f"{100 * x.mfu:.0f}%",
+        ]
+        found += [f"{x.days:.3g}", f"{100 * x.reliability.goodput:.1f}%", gib]
+        assert said == found, path
+
+
+def test_the_table_of_memory_is_what_is_planned():
+    text = (ROOT / "docs" / "scale.md").read_text()
+    cases = {"124m, alpha_0 = 1": ("124m", 1, 32), "124m, alpha_0 = 0.25": ("124m", 0.25, 32)}
+    cases |= {"1.7b, alpha_0 = 1": ("1.7b", 1, 8), "1.7b, alpha_0 = 1, compiled": ("1.7b", 1, 8)}
+    for name, case in cases.items():
+        words = ["model.dropout=0", f"train.compile={str('compiled' in name).lower()}"]
+        (stage,) = one_gpu(*case, *words).stages
+        took = (14 * stage.parameters + stage.activations + stage.working) / 2**30
+        assert re.search(rf"^\| {re.escape(name)} \| [\d.]+ \| {took:.1f} \|$", text, re.MULTILINE), (name, took)
