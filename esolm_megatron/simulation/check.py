@@ -6,13 +6,14 @@ before one is booked. Ranks that are not simulated do as their neighbours do: th
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,28 +119,34 @@ def check(
         path = Path(folder) / "run.yaml"
         path.write_text(dump(config), encoding="utf-8")
 
-        def one(rank: int) -> Found:
-            found = _simulated(path, rank, world_size)
-            done[0] += 1
-            progress(done[0], len(ranks))
-            return found
+        def some(part: list[int]) -> list[Found]:
+            out = []
+            for found in _simulated(path, world_size, part):
+                out.append(found)
+                done[0] += 1
+                progress(done[0], len(ranks))
+            return out
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            found = list(pool.map(one, ranks))
+        workers = min(os.cpu_count() or 1, len(ranks))
+        with ThreadPoolExecutor(workers) as pool:
+            parts = pool.map(some, [ranks[i::workers] for i in range(workers)])
+            found = sorted(itertools.chain(*parts), key=lambda each: each["rank"])
     return Checked(planned, found, disagreements(found))
 
 
-def _simulated(path: Path, rank: int, world_size: int) -> Found:
-    command = [sys.executable, "-m", "esolm_megatron.simulation.one_rank", str(path), str(rank), str(world_size)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-    lines = done.stdout.strip().splitlines()
-    if done.returncode or not lines:
-        said = done.stderr.strip().splitlines()
-        raise ConfigError(
-            f"rank {rank} of {world_size} cannot be simulated: {said[-1] if said else 'it ended without a word'}"
-        )
-    return json.loads(lines[-1])
+def _simulated(path: Path, world_size: int, ranks: Sequence[int]) -> Iterator[Found]:
+    """What each rank found, as they end."""
+    command = [sys.executable, "-m", "esolm_megatron.simulation.one_rank", str(path), str(world_size), *map(str, ranks)]
+    with tempfile.TemporaryFile("w+") as said:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=said, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        ) as process:
+            assert process.stdout is not None
+            yield from (json.loads(line) for line in process.stdout if line.startswith('{"rank"'))
+        if process.returncode:
+            said.seek(0)
+            lines = said.read().strip().splitlines() or ["it ended without a word"]
+            raise ConfigError(f"ranks {', '.join(map(str, ranks))} of {world_size}: {lines[-1]}")
 
 
 def disagreements(found: Sequence[Found]) -> list[str]:

@@ -5,7 +5,7 @@ torch's fake process group answers each collective at once; fake tensors have sh
 what a cluster runs (network, ZeRO's partitions, megatron-core's schedules), in a second or some. What it computes is worthless;
 what it allocates and sends is not: as on a GPU, see as_gpu.py.
 
-`python -m esolm_megatron.simulation.one_rank RUN.yaml RANK WORLD_SIZE` writes what it found as JSON, as its last line.
+`python -m esolm_megatron.simulation.one_rank RUN.yaml WORLD_SIZE RANK ...` writes what each found as a line of JSON.
 """
 
 # mypy: allow-untyped-defs
@@ -177,11 +177,7 @@ def simulate(config: Config, rank: int, world_size: int) -> dict[str, Any]:
     config = with_values(config, train={**here, "global_batch_size": count * each})
     noised = batch_of(config, topology)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0")
-    # objects of other ranks would be made of what is in memory
-    dist.broadcast_object_list = c10d.broadcast_object_list = lambda object_list, src=None, group=None, device=None: (
-        None
-    )
-    sent = Sent(rank)
+    sent = _listening(rank)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     from esolm_megatron.parallel.engine import Engine
 
@@ -201,12 +197,46 @@ def simulate(config: Config, rank: int, world_size: int) -> dict[str, Any]:
     return found | {"built": built, "step": sent.taken()}
 
 
-def main(path: str, rank: str, world_size: str) -> int:
-    """Simulate, and print."""
-    found = simulate(load(path, []), int(rank), int(world_size))
-    sys.stdout.write("\n" + json.dumps(found) + "\n")
-    sys.stdout.flush()
-    os._exit(0)  # nothing here is worth tearing down
+def _listening(rank: int) -> Sent:
+    """The one `Sent` of this process, made before what keeps functions of torch.distributed is imported."""
+    global _SENT  # noqa: PLW0603
+    if _SENT is None:
+        # objects of other ranks would be made of what is in memory
+        dist.broadcast_object_list = c10d.broadcast_object_list = _nothing_broadcast
+        _SENT = Sent(rank)
+    _SENT.rank = rank
+    return _SENT
+
+
+_SENT: Sent | None = None
+
+
+def _nothing_broadcast(object_list: list[Any], src: Any = None, group: Any = None, device: Any = None) -> None: ...
+
+
+def main(path: str, world_size: str, *ranks: str) -> int:
+    """Simulate the ranks one after the other, and print what each found as a line of JSON."""
+    config = load(path, [])
+    _listening(0)
+    import esolm_megatron.parallel.engine  # noqa: F401  seconds, once for all ranks
+
+    for rank in ranks:
+        if child := os.fork():  # a rank's groups and patches are its process' for good
+            _, status = os.waitpid(child, 0)
+            if code := os.waitstatus_to_exitcode(status):
+                return abs(code)
+            continue
+        code = 1
+        try:
+            found = simulate(config, int(rank), int(world_size))
+            sys.stdout.write("\n" + json.dumps(found) + "\n")
+            sys.stdout.flush()
+            code = 0
+        except BaseException as error:
+            sys.stderr.write(f"\nrank {rank} of {world_size} cannot be simulated: {error}\n")
+            sys.stderr.flush()
+        os._exit(code)  # nothing here is worth tearing down
+    return 0
 
 
 if __name__ == "__main__":
