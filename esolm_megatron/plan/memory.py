@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 from esolm_megatron.config import Config
 from esolm_megatron.model.size import LOGITS_PER_CHUNK, layers_of_stages, run_capacity, stage_parameters
@@ -69,6 +70,7 @@ def stage_plan(config: Config, grid: Topology, stage: int, num_micro_batches: in
     count = sum(map(len, layers))
     parameters = stage_parameters(m, count, first=first, last=last, tensor_size=p.tensor_size)
     in_flight = micro_batches_in_flight(stage, p.pipeline_size, chunks, num_micro_batches)
+    blocks_in_flight = layers_in_flight(tuple(map(len, layers)), stage, p.pipeline_size, num_micro_batches)
     working = FP32 if config.train.precision == "fp32" else 2
     sharers = grid.data_size * grid.context_size
     gradients, optimizer = (-(-parameters // sharers) if p.zero_stage >= cut else parameters for cut in (2, 1))
@@ -89,7 +91,7 @@ def stage_plan(config: Config, grid: Topology, stage: int, num_micro_batches: in
         gradients=gradients * FP32,
         optimizer=0 if p.offload_optimizer else states * FP32,
         buckets=buckets,
-        activations=_activation_bytes(config, count, last, in_flight, working),
+        activations=_activation_bytes(config, blocks_in_flight, in_flight * chunks, last, working),
         working=max(_block_bytes(config, working), _logits_bytes(config) - buckets if last else 0),
         micro_batches_in_flight=in_flight,
     )
@@ -107,17 +109,40 @@ def micro_batches_in_flight(stage: int, num_stages: int, num_chunks: int, num_mi
     return min(chunks, num_micro_batches * num_chunks) / num_chunks
 
 
+@cache
+def layers_in_flight(sizes: tuple[int, ...], stage: int, num_stages: int, num_micro_batches: int) -> float:
+    """Blocks whose activations a stage holds at most, each counted once a micro-batch; sizes: blocks in each chunk.
+
+    Chunks that differ are played through, as megatron-core's schedule goes: each in turn for as many micro-batches as there
+    are stages, and back from the last one.
+    """
+    chunks = len(sizes)
+    if len(set(sizes)) == 1:
+        return sum(sizes) * micro_batches_in_flight(stage, num_stages, chunks, num_micro_batches)
+    total = min(num_micro_batches, 4 * num_stages) * chunks  # from then on it repeats itself
+    warm_up = min(2 * (num_stages - stage - 1) + (chunks - 1) * num_stages, total)
+    chunk = [step // num_stages % chunks for step in range(total)]
+    alive = most = sum(sizes[i] for i in chunk[:warm_up])
+    for forward, backward in zip(chunk[warm_up:], chunk, strict=False):
+        alive += sizes[forward]
+        most = max(most, alive)
+        alive -= sizes[chunks - 1 - backward]
+    return most
+
+
 def compiled(config: Config) -> bool:
     """Whether what is between products is compiled, as it is on GPUs where nothing is said of it."""
     t = config.train
     return t.compile if t.compile is not None else t.device != "cpu"
 
 
-def _activation_bytes(config: Config, num_layers: int, last: bool, in_flight: float, working: int) -> int:
-    """What forward passes keep for backward, of all micro-batches that are under way."""
+def _activation_bytes(config: Config, in_flight: float, passes: float, last: bool, working: int) -> int:
+    """What forward passes keep for backward: of `in_flight` blocks, and what `passes` of chunks have sent."""
     p, tokens = config.parallel, packed_tokens(config)
     before, after = channels_per_token(config, p.recompute)
-    numbers = num_layers * (before + after) * tokens * in_flight
+    numbers = in_flight * (before + after) * tokens
+    if p.pipeline_size > 1 and not p.deallocate_pipeline_outputs:
+        numbers += passes * config.model.hidden_size / (p.tensor_size if p.sequence_parallel else 1) * tokens
     if p.offload_activations:  # of the blocks' inputs, that of the one at work and that on its way to the host are here
         numbers = min(numbers, 2 * before * tokens)
     elif last and p.recompute != "full":  # after the last attention there are only the tokens that carry loss

@@ -13,6 +13,7 @@ from rich.console import Console
 from esolm_megatron.config import ConfigError, load, world_problems
 from esolm_megatron.model.size import flops_per_step, num_parameters
 from esolm_megatron.plan import DEVICES, GIB, channels_per_token, micro_batches_in_flight, packed_tokens, plan
+from esolm_megatron.plan.memory import layers_in_flight
 
 ROOT = Path(__file__).parents[2]
 
@@ -179,6 +180,14 @@ def test_micro_batches_in_flight_are_those_of_the_schedule(chunks, micro_batches
     for stage in range(5):
         found = micro_batches_in_flight(stage, 5, chunks, micro_batches)
         assert found == simulated_in_flight(stage, 5, chunks, micro_batches)
+
+
+def test_blocks_in_flight_of_uneven_chunks_are_those_of_the_schedule():
+    """13B on two stages in eight chunks: 50 block passes were alive on the first simulated rank, where even ones would be 42.5."""
+    assert layers_in_flight((3, 3, 3, 3, 2, 2, 2, 2), 0, 2, 4) == 50
+    assert layers_in_flight((3, 3, 3, 3, 2, 2, 2, 2), 0, 2, 64) == 50
+    assert layers_in_flight((2,) * 8, 0, 2, 4) == 2 * 17
+    assert layers_in_flight((5,), 1, 4, 64) == 15
 
 
 def test_recomputation_and_splits_lower_what_a_block_keeps():
