@@ -52,7 +52,7 @@ def test_frozen_rank_ends_the_run_with_stacks_of_all_others(tokens, tmp_path):
     assert time.time() - began < 40
     stacks = stacks_file(tmp_path / "run", 1).read_text()
     assert "rank 1: step after step" in stacks
-    assert "try_step" in stacks
+    assert "esolm_megatron/train/trainer.py" in stacks, "where it waits depends on the moment"
     assert "most recent call first" in stacks
     marker = read(tmp_path / "run")
     assert (marker["how"], marker["restart"]) == ("hung", True)
