@@ -121,4 +121,5 @@ def test_a_run_leaves_a_row_for_each_kind(tmp_path):
     assert "cuda_graphs" in graphs["refused"]
     assert sum(plain["parts"].values()) == pytest.approx(1)
     assert plain["parts"]["matrix products"] > 0
+    assert plain["planned_mib"] > 1
     assert (tmp_path / "out.png").stat().st_size > 1000

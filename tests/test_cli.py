@@ -175,7 +175,7 @@ def test_processes_share_an_evaluation_and_a_killed_one_goes_on(folder, tmp_path
     while process.poll() is None and len(children.read_text().split()) < 2:
         time.sleep(0.02)
     os.kill(int(children.read_text().split()[1]), signal.SIGKILL)
-    assert "esolm eval: process 1 ended: killed by signal 9; the same command goes on" in process.communicate()[1]
+    assert "esolm eval: process 1 was killed by signal 9; the same command goes on" in process.communicate()[1]
     assert process.returncode == 137
     assert {p: p.stat().st_mtime_ns for p in done} == done
     again = subprocess.run(command, capture_output=True, text=True, check=False)

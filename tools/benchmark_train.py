@@ -54,6 +54,7 @@ from esolm_megatron.model.transformer import EsoLM, initialise
 from esolm_megatron.objective.esolm import draw_diffusion, draw_sequential
 from esolm_megatron.parallel import pipeline
 from esolm_megatron.parallel.engine import Engine
+from esolm_megatron.plan import plan
 from esolm_megatron.train.collate import CollateAhead, noising
 from esolm_megatron.train.metrics import peak_flops
 
@@ -408,6 +409,7 @@ def rows_of(case: Case, args: argparse.Namespace, peak: float) -> Iterator[dict[
                 row["peak_mib"] = peak_of(config, kind)
             if isinstance(running[kind], Ours):
                 row |= {
+                    "planned_mib": plan(config, 1, mfu=0.4).memory_per_rank / 2**20,  # of a GPU
                     "parts": parts_of(kernel_table(running[kind].step, device)),
                     "providers": running[kind].engine.providers,
                 }

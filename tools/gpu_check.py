@@ -420,6 +420,7 @@ COLUMNS: dict[str, list[str]] = {
         "tokens_per_second",
         "mfu",
         "peak_mib",
+        "planned_mib",
         "refused",
     ],
     "sample": [

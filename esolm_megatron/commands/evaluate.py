@@ -152,8 +152,8 @@ def run_eval(args: argparse.Namespace) -> int:
                     if chosen.out
                     else "with out=FOLDER, what is done is kept"
                 )
-                said = f"killed by signal {-code}" if code < 0 else f"status {code}"
-                print(f"esolm eval: process {rank} ended: {said}; {after}", file=sys.stderr)
+                if code < 0:  # others have said why
+                    print(f"esolm eval: process {rank} was killed by signal {-code}; {after}", file=sys.stderr)
 
             return run_local(command, args.processes, env={_ASKED: args.path}, on_failure=failed)
         kind = {"perplexity": _perplexity, "generation": _generation, "likelihood": _likelihood}[chosen.what]

@@ -40,12 +40,14 @@ def run_plan(args: argparse.Namespace) -> int:
         raise ConfigError(f"plan {kind}: takes --gpus N, or --on CLUSTER.yaml")
     if args.write is not None and kind != "search":
         raise ConfigError(f"--write {args.write}: it is for plan search, whose fastest layout it keeps")
-    if args.write is not None and Path(args.write).exists():
-        raise ConfigError(f"--write {args.write}: it is there; name another file, or remove it")
+    if args.write is not None and (Path(args.write).exists() or not Path(args.write).absolute().parent.is_dir()):
+        why = "it is there; name another file, or remove it" if Path(args.write).exists() else "its folder is not there"
+        raise ConfigError(f"--write {args.write}: {why}")
     if kind == "search":
         found = fastest_layouts(load(path, words), processes, device=device, fabric=fabric)
         if args.write is not None:
             write_recipe(found, path, words, args.write)
+            print(f"{args.write}: the fastest layout, as a configuration", file=sys.stderr)
         show(found, found.as_dict, args.json)
         return 0
     if kind == "check":

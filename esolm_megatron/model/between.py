@@ -35,9 +35,8 @@ def heads(
     groups, queries, width = sizes
     y = y.view(y.shape[0], groups, queries + 2, width)
     q, k, v = y.split([queries, 1, 1], dim=2)  # one concatenation in backward
-    if (
-        norms is not None
-    ):  # before heads are flattened, which copies queries that share a key: backward keeps what comes here
+    if norms is not None:
+        # before heads are flattened, which copies queries that share a key: backward keeps what comes here
         q, k = (normalise(x, weight, None, eps, "rmsnorm") for x, weight in zip((q, k), norms, strict=True))
     q, k, v = (x.flatten(1, 2) for x in (q, k, v))
     return rotate(q, rope), rotate(k, rope), v

@@ -1,6 +1,7 @@
 """What each rank of a pipeline stage holds in memory, by part. No torch.
 
-An estimate, meant to be somewhat high: the largest layout of a micro-batch, all its places with loss.
+Counted from what autograd keeps, for the largest layout of a micro-batch; tests compare it with simulated ranks, within 5
+percent, and with a GPU.
 """
 
 from __future__ import annotations
@@ -76,9 +77,8 @@ def stage_plan(config: Config, grid: Topology, stage: int, num_micro_batches: in
     gradients, optimizer = (-(-parameters // sharers) if p.zero_stage >= cut else parameters for cut in (2, 1))
     weights = -(-parameters // sharers) if p.zero_stage == 3 else parameters
     states = optimizer * (4 if config.optim.ema_decay else 3)
-    if (
-        config.optim.name == "muon"
-    ):  # one moment of blocks, where AdamW has two; their few vectors are counted with them
+    if config.optim.name == "muon":
+        # one moment of blocks, where AdamW has two; their few vectors are counted with them
         blocks = stage_parameters(m, count, first=False, last=False, tensor_size=p.tensor_size)
         states -= round(optimizer * blocks / parameters)
     # ZeRO 1 in bf16 reduces where gradients are, and in fp32 after backward
@@ -191,7 +191,7 @@ def channels_per_token(config: Config, recompute: str) -> tuple[float, float]:
 
 
 def places_with_loss(config: Config) -> int:
-    """Tokens of a micro-batch whose losses count, at most: all but the rarest draws have fewer (two standard deviations)."""
+    """Tokens of a micro-batch whose losses count, at most: two standard deviations more than the mean of draws."""
     diffusion, _ = rows_of_parts(config)
     if config.objective.diffusion_loss == "any_order":
         return _mask_places(config)

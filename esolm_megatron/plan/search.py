@@ -179,7 +179,8 @@ def write_recipe(found: Found, base: str, overrides: list[str], file: str) -> No
     text = (
         f"# The fastest layout of {Path(base).name} that `esolm plan search` found.\n"
         f"# For {found.gpus} x {found.device} (TP {grid.tensor_size} x PP {grid.pipeline_size}{context} x DP {grid.data_size}).\n\n"
-        f"base: {os.path.relpath(base, path.parent)}\nname: {x.name}-{found.gpus}\n\n"
     )
+    tree.pop("name", None)  # which the plan has
+    tree = {"base": os.path.relpath(base, path.parent), "name": f"{x.name}-{found.gpus}", **tree}
     with of_setting("--write", file):
         path.write_text(text + yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")

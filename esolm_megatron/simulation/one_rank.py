@@ -224,6 +224,8 @@ def main(path: str, world_size: str, *ranks: str) -> int:
         if child := os.fork():  # a rank's groups and patches are its process' for good
             _, status = os.waitpid(child, 0)
             if code := os.waitstatus_to_exitcode(status):
+                if code < 0:
+                    sys.stderr.write(f"\nrank {rank} of {world_size} was killed by signal {-code}\n")
                 return abs(code)
             continue
         code = 1

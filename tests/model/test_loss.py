@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 from esolm_megatron.model import loss
 from esolm_megatron.model.kernels import Chunk
 from esolm_megatron.model.loss import predicted_losses
+from esolm_megatron.simulation.one_rank import Live
 
 OPTIONS = {"first_id": 0, "num_ids": 46, "over_ranks": lambda x, how: x}
 
@@ -181,6 +182,27 @@ def test_memory_does_not_grow_with_places_times_vocabulary(known):
     with Allocations() as seen:
         plain_losses(*inputs, targets)
     assert seen.largest == 4 * 2**16, "and the plain loss makes all logits"
+
+
+def test_no_two_chunks_and_no_two_wide_copies_are_there_at_once(monkeypatch):
+    """Bytes at most on a GPU: a chunk in fp32 and its gradient in bf16; the head's gradient once in fp32, between two in bf16."""
+    monkeypatch.setattr(loss, "WANTED", "torch")
+    peaks = []
+    for width in (16, 1024):  # the chunks of the one outweigh the head's gradient, as that of the other does the chunks
+        (x, weight, _), targets = random_inputs(torch.bfloat16, 256, 1024, width, bias=False)
+        with cuda_operators(), Live() as live:
+            made = predicted_losses(
+                x, weight, None, targets, torch.ones(256), **OPTIONS | {"num_ids": 1023}, chunk=2**16
+            )
+            forward, live.peak = live.peak, live.bytes
+            made.sum().backward()
+        peaks.append((forward, live.peak, 1024 * width, 256 * width))
+    for forward, backward, matrix, rows in peaks:
+        given = 2 * matrix + 2 * rows + 40 * 256  # the inputs, and some numbers of each place
+        assert forward <= max(6 * 2**16 + 4 * matrix, 6 * matrix) + 2 * rows + given
+        assert backward <= 8 * matrix + 8 * rows + given
+    assert peaks[0][0] > 6 * 2**16
+    assert peaks[1][1] > 8 * peaks[1][2]
 
 
 def test_the_network_uses_it():

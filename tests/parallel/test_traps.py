@@ -46,6 +46,21 @@ def test_row_linear_sums_over_ranks_whatever_the_memory_layout_of_its_input():
     assert max(run_ranks(row_of_a_view, 2, make_config(parallel={"tensor_size": 2}))) < 1e-5
 
 
+def memory_of_own_tokens(config):
+    linears, _ = linears_of(config)
+    x = torch.arange(8.0)[:, None].requires_grad_()
+    own = linears.scatter_tokens(x)
+    own.sum().backward()
+    return own[:, 0].tolist(), own.untyped_storage().nbytes(), x.grad[:, 0].tolist()
+
+
+def test_a_ranks_own_tokens_do_not_keep_those_of_all():
+    """megatron-core gives a view, and what autograd saves of it holds all that it is a part of."""
+    config = make_config(parallel={"tensor_size": 2, "sequence_parallel": True})
+    for rank, (own, held, grad) in enumerate(run_ranks(memory_of_own_tokens, 2, config)):
+        assert (own, held, grad) == ([4.0 * rank + i for i in range(4)], 16, [1.0] * 8)
+
+
 def split_losses(config):
     """Losses over a vocabulary of 51 and the mask, padded to 60 and cut over ranks: the last slices are padding only."""
     linears, rank = linears_of(config)
