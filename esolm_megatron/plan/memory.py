@@ -16,14 +16,16 @@ from esolm_megatron.topology import Topology, layers_of_chunk, padded_vocab
 
 GIB = 2**30
 FP32 = 4
+LIVE_PARAMETERS = 10**9
+"""That DeepSpeed keeps gathered under ZeRO 3, its `stage3_max_live_parameters`."""
 
 
 @dataclass(frozen=True)
 class StagePlan:
     """What one rank of a pipeline stage holds; memory in bytes.
 
-    layers: first and last + 1 of each chunk. parameters: of the rank, its share of the tensor split. working: what comes and
-    goes, in the loss or while backward is in a block.
+    layers: first and last + 1 of each chunk. parameters: of the rank, its share of the tensor split. buckets: of reductions, and
+    the weights that ZeRO 3 has gathered. working: what comes and goes, in the loss or while backward is in a block.
     """
 
     stage: int
@@ -81,8 +83,8 @@ def stage_plan(config: Config, grid: Topology, stage: int, num_micro_batches: in
         # one moment of blocks, where AdamW has two; their few vectors are counted with them
         blocks = stage_parameters(m, count, first=False, last=False, tensor_size=p.tensor_size)
         states -= round(optimizer * blocks / parameters)
-    # ZeRO 1 in bf16 reduces where gradients are, and in fp32 after backward
-    buckets = 2 * min(p.reduce_bucket_elements, parameters) * FP32 if sharers > 1 and p.zero_stage >= 2 else 0
+    buckets = 0 if sharers == 1 else _bucket_bytes(config, parameters, last, working)
+    logits = 0 if not last else _logits_bytes(config) - (buckets if p.zero_stage == 2 else 0)
     return StagePlan(
         stage=stage,
         layers=tuple((x.start, x.stop) for x in layers),
@@ -92,9 +94,24 @@ def stage_plan(config: Config, grid: Topology, stage: int, num_micro_batches: in
         optimizer=0 if p.offload_optimizer else states * FP32,
         buckets=buckets,
         activations=_activation_bytes(config, blocks_in_flight, in_flight * chunks, last, working),
-        working=max(_block_bytes(config, working), _logits_bytes(config) - buckets if last else 0),
+        working=max(_block_bytes(config, working), logits),
         micro_batches_in_flight=in_flight,
     )
+
+
+def _bucket_bytes(config: Config, parameters: int, last: bool, working: int) -> int:
+    """Of reductions, and what ZeRO 3 has gathered. ZeRO 1 reduces in bf16 where gradients are, and in fp32 after backward."""
+    m, p = config.model, config.parallel
+    bucket = min(p.reduce_bucket_elements, parameters)
+    if p.zero_stage < 2:
+        return 0
+    if p.zero_stage == 3:
+        return bucket * FP32 + min(LIVE_PARAMETERS, parameters) * working
+    # two are filled in turn; one is widened when it is full, and then blocks whose gradients are in it have let go
+    whole, one = (stage_parameters(m, n, first=False, last=last, tensor_size=p.tensor_size) for n in (0, 1))
+    blocks = (bucket - (whole if whole < bucket else 0)) / (one - whole)
+    kept = blocks * sum(channels_per_token(config, p.recompute)) * packed_tokens(config) / p.context_size * working
+    return 2 * bucket * working + (max(0, round(bucket * FP32 - kept)) if working < FP32 else 0)
 
 
 def micro_batches_in_flight(stage: int, num_stages: int, num_chunks: int, num_micro_batches: int) -> float:

@@ -113,3 +113,27 @@ def take_a_gpus_branches(compiled: bool) -> None:
     if compiled:
         for name, function in {"heads": _heads, "activate": _Activated.apply, "drop": between.hashed_dropout}.items():
             object.__setattr__(between.EAGER, name, function)
+
+
+def as_on_a_gpu(*, frees_outputs: bool) -> None:
+    """Libraries get the settings that they have there, where an engine on CPUs has others; it must not be loaded before
+    collectives are noted. frees_outputs: `parallel.deallocate_pipeline_outputs`, which gloo does not bear.
+    """
+    import deepspeed.runtime.zero.utils as zero_utils
+
+    from esolm_megatron.parallel import engine, zero
+
+    megatron, deepspeed = engine.megatron_config, zero.deepspeed_config
+
+    def frees(*args):
+        made = megatron(*args)
+        made.deallocate_pipeline_outputs = frees_outputs
+        return made
+
+    def overlaps(config):
+        settings = deepspeed(config)
+        settings["zero_optimization"]["overlap_comm"] = config.parallel.zero_stage >= 2
+        return settings
+
+    engine.megatron_config, zero.deepspeed_config = frees, overlaps
+    zero_utils.get_lst_from_rank0 = lambda numbers: numbers  # which a fake broadcast would not keep

@@ -6,15 +6,16 @@ before one is booked. Ranks that are not simulated do as their neighbours do: th
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ def check(
     """
     config = with_vocabulary(config)
     planned = plan(config, world_size, mfu=0.4)
-    if problems := world_problems(config, world_size, "cpu"):
+    if problems := world_problems(config, world_size, config.train.device):
         raise ConfigError("\n".join(problems))
     ranks, done = ranks_to_try(planned.topology, whole), [0]
     progress(0, len(ranks))
@@ -119,9 +120,11 @@ def check(
         path = Path(folder) / "run.yaml"
         path.write_text(dump(config), encoding="utf-8")
 
+        running: list[subprocess.Popen[str]] = []
+
         def some(part: list[int]) -> list[Found]:
             out = []
-            for found in _simulated(path, world_size, part):
+            for found in _simulated(path, world_size, part, running):
                 out.append(found)
                 done[0] += 1
                 progress(done[0], len(ranks))
@@ -129,19 +132,30 @@ def check(
 
         workers = min(os.cpu_count() or 1, len(ranks))
         with ThreadPoolExecutor(workers) as pool:
-            parts = pool.map(some, [ranks[i::workers] for i in range(workers)])
-            found = sorted(itertools.chain(*parts), key=lambda each: each["rank"])
+            parts = [pool.submit(some, ranks[i::workers]) for i in range(workers)]
+            try:
+                found = [each for part in as_completed(parts) for each in part.result()]
+            except BaseException:
+                for process in running:  # nobody waits for what the others would say
+                    with suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
+                raise
+    found.sort(key=lambda each: each["rank"])
     return Checked(planned, found, disagreements(found))
 
 
-def _simulated(path: Path, world_size: int, ranks: Sequence[int]) -> Iterator[Found]:
-    """What each rank found, as they end."""
+def _simulated(
+    path: Path, world_size: int, ranks: Sequence[int], running: list[subprocess.Popen[str]]
+) -> Iterator[Found]:
+    """What each rank found, as they end. running: gets the process."""
     command = [sys.executable, "-m", "esolm_megatron.simulation.one_rank", str(path), str(world_size), *map(str, ranks)]
     with tempfile.TemporaryFile("w+") as said:
         with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=said, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        ) as process:
+            command, stdout=subprocess.PIPE, stderr=said, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,  # with the ranks that it forks it is one group
+        ) as process:  # fmt: skip
             assert process.stdout is not None
+            running.append(process)
             yield from (json.loads(line) for line in process.stdout if line.startswith('{"rank"'))
         if process.returncode:
             said.seek(0)

@@ -38,7 +38,7 @@ from esolm_megatron.config.tree import KernelsConfig
 from esolm_megatron.model.size import run_capacity
 from esolm_megatron.objective.esolm import Noised, draw_step
 from esolm_megatron.plan.memory import compiled
-from esolm_megatron.simulation.as_gpu import take_a_gpus_branches
+from esolm_megatron.simulation.as_gpu import as_on_a_gpu, take_a_gpus_branches
 from esolm_megatron.topology import Topology
 
 COLLECTIVES = (
@@ -174,13 +174,16 @@ def simulate(config: Config, rank: int, world_size: int) -> dict[str, Any]:
         "cuda_graphs": False,
         "kernels": KernelsConfig().model_dump(),
     }
-    config = with_values(config, train={**here, "global_batch_size": count * each})
+    config = with_values(
+        config, train={**here, "global_batch_size": count * each}, parallel={"deallocate_pipeline_outputs": False}
+    )
     noised = batch_of(config, topology)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0")
     sent = _listening(rank)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     from esolm_megatron.parallel.engine import Engine
 
+    as_on_a_gpu(frees_outputs=p.deallocate_pipeline_outputs)
     live, fake = Live(), FakeTensorMode(allow_non_fake_inputs=True)  # one: another would have storages of its own
     with without_memory(fake), live:
         engine = Engine(config)

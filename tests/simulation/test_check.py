@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from rich.console import Console
 from truth import MODERN, make_config
 
 from esolm_megatron.cli import main
-from esolm_megatron.config import ConfigError, dump, load
+from esolm_megatron.config import ConfigError, dump, load, with_values
 from esolm_megatron.plan import plan
 from esolm_megatron.simulation.check import check, disagreements, ranks_to_try
 from esolm_megatron.topology import Topology
@@ -122,6 +123,8 @@ SPLITS = {
     ),
     "its last stage": (["pipeline_size=2", "tensor_size=2", "recompute=none"], 8, 6),
     "everything again": (["tensor_size=2", "recompute=full"], 16, 0),
+    "ZeRO 2": (["zero_stage=2", "tensor_size=1", "sequence_parallel=false", "recompute=none"], 16, 0),
+    "ZeRO 3": (["zero_stage=3", "tensor_size=2", "recompute=none"], 16, 0),
 }
 
 
@@ -204,5 +207,45 @@ def test_what_does_not_go_together_is_named(first, second, said):
 def test_a_rank_that_cannot_build_itself_says_why(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/nowhere")
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(ConfigError, match="ranks 0(, 2)? of 4: it ended without a word"):
+    with pytest.raises(ConfigError, match=r"ranks \d(, \d)? of 4: it ended without a word"):
         check(small({"tensor_size": 2}, 4), 4)
+
+
+@pytest.mark.gloo
+def test_nobody_waits_for_the_others_once_a_rank_has_died(monkeypatch, tmp_path):
+    """One process dies at once; the other one, and what it has started, would go on for ten minutes."""
+    script, pids = tmp_path / "python", tmp_path / "pids"
+    script.write_text(
+        f"#!/bin/sh\ncase \"$*\" in *' 4 0'*) sleep 1; kill -9 $$;; esac\necho $$ >> {pids}\n"
+        f"sleep 600 & echo $! >> {pids}\nwait\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    with pytest.raises(ConfigError, match="ranks 0, 2 of 4: it ended without a word"):
+        check(small({"tensor_size": 2}, 4), 4)
+    deadline = time.monotonic() + 30
+    others = [int(pid) for pid in pids.read_text().split()]
+    assert len(others) == 2
+    while any(alive(pid) for pid in others):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.gloo
+def test_a_run_that_frees_what_it_has_sent_is_checked_as_on_gpus():
+    """Which gloo does not bear, so that a run on CPUs is refused."""
+    layout = {"pipeline_size": 2, "virtual_pipeline_size": 2, "deallocate_pipeline_outputs": True}
+    config = with_values(small({}, 2), parallel=layout, train={"device": "auto", "global_batch_size": 8})
+    freed = check(config, 2)
+    kept = check(with_values(config, parallel={"deallocate_pipeline_outputs": False}), 2)
+    assert freed.problems == kept.problems == []
+    assert [x["step"] for x in freed.ranks] == [x["step"] for x in kept.ranks]
+    assert sum(x["activations"] for x in freed.ranks) < sum(x["activations"] for x in kept.ranks)
