@@ -24,8 +24,8 @@ CODE_LINES = {
         "model objective parallel train checkpoint config errors terminal topology lazy version",
     ),
     "data": (3250, "data"),
-    "inference": (2300, "inference huggingface sample score"),
-    "evaluation, plans and simulated ranks": (2150, "evaluation plan simulation"),
+    "inference": (2400, "inference huggingface sample score"),
+    "evaluation, plans and simulated ranks": (2200, "evaluation plan simulation"),
     "what starts and watches runs": (2900, "launch doctor commands cli __init__ __main__"),
 }
 """Most lines of code in each part, and the part's files and folders."""

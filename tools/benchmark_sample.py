@@ -11,6 +11,8 @@ Baselines, of the same random weights, written here:
     uncached  diffusion without a cache: the whole row in each pass, attention in both directions; two passes are timed
     ar        the same network left to right, one fed row a token, with our cache, products and draws
 
+And two more ways of ours: `int8_cache`, and `proposals`, verified ones, as many as pay, of one token a pass.
+
 Steps: T diffusion steps of the paper's schedule, or "one": one token a pass. All methods draw from the whole distribution.
 On a CPU methods take turns, and the best of --repeats counts; on a GPU ours comes first, in all cells, called twice in each
 because shapes are recorded in the first call, and a baseline that has taken 4 times ours is stopped: its cost is then a lower
@@ -37,7 +39,7 @@ from torch import Tensor
 
 from esolm_megatron.config import ModelConfig
 from esolm_megatron.inference import SampleRequest, sample
-from esolm_megatron.inference.decoding.cuda_graphs import RecordedPasses, Size
+from esolm_megatron.inference.decoding.cuda_graphs import RecordedPasses, Recorder, Size
 from esolm_megatron.inference.decoding.draw import draw_tokens, fused_draw
 from esolm_megatron.inference.decoding.scheduler import plan_rows
 from esolm_megatron.model.cache import KVCache
@@ -171,7 +173,7 @@ def left_to_right(
         return draw_tokens(logits, words)[0] if kernel is None else kernel(logits, words, at, kinds, None)[0]
 
     if device.type == "cuda" if fixed_shapes is None else fixed_shapes:
-        passes = RecordedPasses(model, cache, fed, order, device.type == "cuda", ahead=1)
+        passes = RecordedPasses(model, cache, fed, order, Recorder(device.type == "cuda"), ahead=1)
         passes.plan(rows, np.tile(np.arange(length + 2), (batch, 1)))
         passes.at_work(rows)
         for _ in range(length):
@@ -214,22 +216,24 @@ def cell(
     ways = {
         "ours": lambda: sample(model, batch, length, alpha_0=1.0, **kind),
         "int8_cache": lambda: sample(model, batch, length, alpha_0=1.0, cache="int8", **kind),
+        "proposals": lambda: sample(model, batch, length, alpha_0=1.0, propose="auto", **kind),
         "loop": lambda: reference_loop(model, orders, ks, stop_after(ENOUGH * ours, device)),
         "ar": lambda: left_to_right(model, batch, length, device),
         "uncached": lambda: uncached(model, orders, ks[:2]),
     }
     took: dict[str, list[tuple[float, float]]] = {}
-    recorded = (0, 0.0)
+    recorded, proposed = (0, 0.0), 0
     stopped = set()
     for _ in range(repeats):
         for name in methods:
-            if name == "ar" and steps != "one":
+            if name in ("ar", "proposals") and steps != "one":
                 continue
             began = time.perf_counter(), time.process_time()
             try:
                 made: list = []
                 found = timed(lambda way=ways[name], made=made: made.append(way()), device)
                 recorded = made[0].recorded if name == "ours" else recorded
+                proposed = made[0].num_forward_passes if name == "proposals" else proposed
             except torch.OutOfMemoryError:
                 gc.collect()
                 torch.cuda.empty_cache()
@@ -246,7 +250,9 @@ def cell(
         row = {**facts, "method": name, "wall_s": wall, "cpu_s": cpu, "tokens_per_s": batch * length / wall}
         if name == "ours":
             row |= {"shapes": recorded[0], "recording_s": recorded[1]}
-        rows.append(row | {"first_s": found[0][0], "ms_per_pass": 1e3 * wall / len(ks), "stopped": name in stopped})
+        passes = proposed if name == "proposals" else len(ks)
+        row |= {"passes": passes, "ms_per_pass": 1e3 * wall / passes}
+        rows.append(row | {"first_s": found[0][0], "stopped": name in stopped})
     return rows
 
 
@@ -297,8 +303,9 @@ def rows_of(args: argparse.Namespace, model: EsoLM, cells: dict) -> Iterator[dic
     begun, device, ours = time.monotonic(), model.embedding.weight.device, {}
     turns = [(key, methods, args.repeats) for key, methods in cells.items()]
     if device.type == "cuda":
-        turns = [(key, ["ours"], max(args.repeats, 2)) for key, methods in cells.items() if "ours" in methods]
-        turns += [(key, [m for m in methods if m != "ours"], 1) for key, methods in cells.items()]
+        record = ("ours", "int8_cache", "proposals")
+        turns = [(key, [m for m in methods if m in record], max(args.repeats, 2)) for key, methods in cells.items()]
+        turns += [(key, [m for m in methods if m not in record], 1) for key, methods in cells.items()]
     for (batch, length, steps), methods, repeats in turns:
         if time.monotonic() - begun > args.budget or (steps != "one" and int(steps) > length):
             continue

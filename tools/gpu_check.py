@@ -249,6 +249,8 @@ def sample(ask: Ask) -> list[Job]:
         jobs.append(benchmark(ask, "serve", "benchmark_serve", *words))
     cell = ["--shape", "tiny", "--batch", "4", "--length", "32", "--steps", "8"] if ask.tiny else [
         "--batch", "64", "--length", "1024", "--steps", "64"]  # fmt: skip
+    one = [*cell[:-1], "one", "--methods", "ours", "proposals"]
+    jobs.append(benchmark(ask, "proposals", "benchmark_sample", "--dtype", ask.rough, *one))
     jobs.append(
         benchmark(ask, "int8", "benchmark_sample", "--dtype", ask.rough, *cell, "--methods", "ours", "int8_cache")
     )

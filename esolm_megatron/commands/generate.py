@@ -11,7 +11,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from pydantic import Field
 from rich.progress import MofNCompleteColumn, Progress
@@ -20,7 +20,7 @@ from rich.table import Table
 from esolm_megatron.commands import Placed, options, show
 from esolm_megatron.config import ConfigError
 from esolm_megatron.errors import optional
-from esolm_megatron.inference.request import Cache, SamplingParams
+from esolm_megatron.inference.request import Cache, Propose, SamplingParams
 from esolm_megatron.terminal import Terminal
 
 
@@ -46,10 +46,6 @@ class SampleOptions(SamplingParams, Texts):
     """Draw a schedule for each text; false means that all share one."""
     stop: bool = False
     """End a text at its first end-of-text token, and leave out the work after it."""
-    propose: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
-    """Tokens proposed at once and verified, with schedule=first_hitting, which keeps the distribution; auto: as many as pay."""
-    passes: int = Field(1, ge=1, le=2)
-    """Verify proposals in the pass that makes the next ones (1), or in one of its own (2)."""
     cache: Cache = "full"
     """int8 keeps keys and values in 8 bits; what that costs in likelihood is told."""
     seconds_per_pass: float = Field(0.0, ge=0)
@@ -94,6 +90,8 @@ class ServeOptions(Placed):
     """Texts that may wait; more are refused with status 429."""
     cache: Cache = "full"
     """int8 keeps keys and values in 8 bits, for more texts at once in the same memory."""
+    propose: Propose = 1
+    """Tokens that a request may propose at once and verify; memory for them is kept in each row."""
     body: int = Field(1_000_000, ge=1)
     """Bytes of a request; larger ones are refused with status 413."""
 
@@ -105,7 +103,7 @@ def run_serve(args: argparse.Namespace) -> int:
     chosen = options(ServeOptions, args.overrides)
     model = chosen.load(args.path)
     limits = serve.Limits(
-        chosen.rows, chosen.length or model.config.seq_length, chosen.queue, chosen.body, chosen.cache
+        chosen.rows, chosen.length or model.config.seq_length, chosen.queue, chosen.body, chosen.cache, chosen.propose
     )
     app = serve.build(model, limits, Path(args.path).resolve().name)
     signal.signal(signal.SIGTERM, lambda *_: None)  # which is raised again after the server has ended
@@ -161,8 +159,6 @@ def run_sample(args: argparse.Namespace) -> int:
             prompt_positions=positions,
             own_schedules=chosen.own_schedules,
             stop_id=model.tokenizer.eos_id if chosen.stop else None,
-            propose=chosen.propose,
-            passes=chosen.passes,
             cache=chosen.cache,
             watch=animation,
             **fields,

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from esolm_megatron.config import Section
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
 Schedule = Literal["binomial", "uniform", "first_hitting"]
 """binomial: the ancestral sampler of the paper. uniform: equally many places in each diffusion step. first_hitting: the
 ancestral sampler of infinitely many steps, which fills one place a pass."""
-Propose = int | Literal["auto"]
+Propose = Annotated[int, Field(ge=1)] | Literal["auto"]
+MOST_PROPOSED = 8
+"""Tokens that "auto" proposes at most."""
 Cache = Literal["full", "int8"]
 """How keys and values are kept: in the weights' type, or in 8 bits with a scale for each vector."""
 Order = Literal["random", "left_to_right", "block_distant"]
@@ -80,10 +84,33 @@ class SamplingParams(Section):
     """How many tokens each diffusion step makes; first_hitting: one, for as many steps as there are."""
     order: Order = "random"
     """Places of the diffusion steps."""
+    propose: Propose = 1
+    """Tokens proposed at once and verified, with schedule=first_hitting, which keeps the distribution; auto: as many as pay."""
+    passes: int = Field(1, ge=1, le=2)
+    """Verify proposals in the pass that makes the next ones (1), or in one of its own (2)."""
 
     def sampling(self) -> dict[str, Any]:
         """These fields alone."""
         return {name: getattr(self, name) for name in SamplingParams.model_fields}
+
+
+def most_proposed(propose: Propose) -> int:
+    """Tokens that are proposed at once, at most."""
+    return MOST_PROPOSED if isinstance(propose, str) else propose
+
+
+@dataclass(frozen=True, eq=False)
+class Proposing:
+    """How a row is filled by verified proposals: see `SampleRequest`. words: (passes, 2 most) int64, random."""
+
+    propose: Propose
+    passes: int
+    words: NDArray[np.int64]
+
+    @property
+    def most(self) -> int:
+        """Tokens that are proposed at once, at most."""
+        return most_proposed(self.propose)
 
 
 @dataclass(frozen=True, eq=False)

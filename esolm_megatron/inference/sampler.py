@@ -25,7 +25,7 @@ from esolm_megatron.inference.decoding.cuda_graphs import sent
 from esolm_megatron.inference.decoding.decoder import Decoder, decode
 from esolm_megatron.inference.decoding.draw import DEFAULT, draw_tokens, fused_draw
 from esolm_megatron.inference.decoding.scheduler import RowPlan, plan_rows
-from esolm_megatron.inference.decoding.speculative import decode_verified
+from esolm_megatron.inference.decoding.speculative import VerifiedPasses, spare_slots
 from esolm_megatron.inference.request import Cache, SampleRequest
 from esolm_megatron.model.transformer import EsoLM
 from esolm_megatron.objective.likelihood import check_rows
@@ -84,19 +84,40 @@ class Filled(NamedTuple):
 
 @dataclass
 class _Report:
-    """What a pass has made, before the host has read it: `tokens` (M,) may still be on their way.
+    """What a pass has made, before the host has read it: `made` (M,) tokens may still be on their way.
 
     at_work: rows of the pass. known: (R,) places that held tokens after it. born: (R,) which texts the rows held.
+    verified: rows at work by proposals; `told` (rows, 2 + most) says what became of them.
     """
 
     rows: NDArray[np.int64]
     places: NDArray[np.int64]
-    tokens: Tensor
-    ready: torch.cuda.Event | None
+    made: Tensor
     at_work: NDArray[np.int64]
     left: NDArray[np.bool_]
     known: NDArray[np.int64]
     born: NDArray[np.int64]
+    verified: NDArray[np.int64]
+    told: Tensor
+    ready: torch.cuda.Event | None = None
+    found: bool = False
+    """Whether any of `verified` was not yet done."""
+
+    def read(self, ends: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens (M,), once they are there. Rows, places and what is known then tell of `verified` rows too. ends: (R,)."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        tokens, told = self.made.numpy(), self.told.numpy()
+        before, after = told[:, 0], told[:, 1]
+        each, own = np.arange(told.shape[1] - 2), before < after
+        self.found = bool(own.any())
+        new = each < (after - before)[:, None]
+        self.rows = np.concatenate([self.rows, np.repeat(self.verified, new.sum(1))])
+        self.places = np.concatenate([self.places, (before[:, None] + each)[new]])
+        self.known[self.verified] = after
+        self.at_work = np.concatenate([self.at_work, self.verified[own]])
+        self.left = np.concatenate([self.left, (after < ends[self.verified])[own]])
+        return np.concatenate([tokens, told[:, 2:][new]])
 
 
 LATE = 4
@@ -108,7 +129,7 @@ class Sampler:
 
     `add` plans while `free` has rows, call `step` until a row is among those done, read its `result`, and `release` it. fed,
     log_probs: (R + 1, L + 1), in the generation order, the last row and place spare. saved: (R,) as in `Samples`. late: passes
-    that are begun before the first of them is read. cache: see `SampleRequest`.
+    that are begun before the first of them is read. cache: see `SampleRequest`. most: tokens that a row may propose at once.
     """
 
     def __init__(
@@ -120,6 +141,7 @@ class Sampler:
         fixed_shapes: bool | None = None,
         late: int | None = None,
         cache: Cache = "full",
+        most: int = 1,
     ):
         device = model.embedding.weight.device
         self.fed = torch.full((num_rows + 1, num_places + 1), model.shape.mask_id, device=device)
@@ -129,33 +151,52 @@ class Sampler:
         self.kernel = fused_draw(self.log_probs)
         self.mask_id, self.length = model.shape.mask_id, num_places
         fused, int8 = self.kernel is not None, cache == "int8"
-        self.decoder = Decoder(model, self.fed, self.order, fixed_shapes=fixed_shapes, record=fused, int8=int8)
+        if most > 1:  # rows keep their places in the cache, which passes of both sorts share
+            fixed_shapes = True
+        self.decoder = Decoder(
+            model,
+            self.fed,
+            self.order,
+            fixed_shapes=fixed_shapes,
+            record=fused,
+            int8=int8,
+            more_slots=spare_slots(most),
+        )
+        self.verified, self.most = VerifiedPasses(self.decoder, self.log_probs, self.kinds, most), most
         self.plans: dict[int, RowPlan] = {}
         self.free = list(range(num_rows))[::-1]
         self.saved, self.ended_at = np.zeros(num_rows, np.int64), np.full(num_rows, num_places)
+        self.ends = self.ended_at.copy()
         self.born, self.reports = np.zeros(num_rows, np.int64), deque[_Report]()
         self.late = (LATE if device.type == "cuda" else 0) if late is None else late
 
     @property
     def lasting(self) -> bool:
         """Whether it has something that the next call need not make again: passes that a GPU has recorded."""
-        return self.decoder.record
+        return self.decoder.recorder.record
 
-    def serves(self, request: SampleRequest) -> bool:
-        """Whether it is idle, and as large as a request needs, but not four times as large."""
+    @property
+    def passes(self) -> int:
+        """Passes so far."""
+        return self.decoder.passes + self.verified.counted
+
+    def serves(self, request: SampleRequest, most: int) -> bool:
+        """Whether it is idle, and as large as a request needs, but not four times as large. most: that a row proposes."""
         rows, places, wanted = len(self.saved), self.length, (request.num_samples, request.length)
         fits = rows >= wanted[0] and places >= wanted[1] and rows * places <= 4 * wanted[0] * wanted[1]
-        return fits and len(self.free) == rows and self.decoder.int8 == (request.cache == "int8")
+        same = self.decoder.int8 == (request.cache == "int8") and self.most == most
+        return fits and same and len(self.free) == rows
 
     @property
     def busy(self) -> bool:
         """Whether a row has passes left, or made some that nobody was told of."""
-        return len(self.decoder.rows) > 0 or len(self.reports) > 0
+        return len(self.decoder.rows) > 0 or len(self.verified.rows) > 0 or len(self.reports) > 0
 
     def at_work(self, row: int) -> bool:
         """Whether `step` has yet to say that a row is done."""
         mine = (row in x.at_work and x.born[row] == self.born[row] for x in self.reports)
-        return row in self.decoder.rows or (self.saved[row] == 0 and any(mine))
+        passing = row in self.decoder.rows or row in self.verified.rows
+        return passing or (self.saved[row] == 0 and any(mine))
 
     def add(self, plan: RowPlan) -> int:
         """Take a row in; returns its id."""
@@ -180,18 +221,27 @@ class Sampler:
         self.saved[rows], self.ended_at[rows] = 0, self.length
         self.born[rows] += 1
         for row, plan in zip(rows, plans, strict=True):
-            self.plans[row] = plan
+            self.plans[row], self.ends[row] = plan, len(plan.order)
             count = len(plan.given)
-            self.decoder.add(row, plan.ks, count, (plan.given.tobytes(), plan.order[:count].tobytes()))
+            prompt = plan.given.tobytes(), plan.order[:count].tobytes()
+            if plan.proposing is None:
+                self.decoder.add(row, plan.ks, count, prompt)
+            else:
+                filtered = plan.draw.top_k > 0 or plan.draw.top_p < 1
+                self.verified.add(row, len(plan.order), count, plan.proposing, prompt=prompt, filtered=filtered)
         return rows
 
     def release(self, row: int) -> None:
         """Let another row have this one's memory; a row that is not done is given up."""
-        if row in self.decoder.rows:
-            self.decoder.remove(row)
+        self._take_out(row)
         del self.plans[row]
         self.born[row] += 1
         self.free.append(row)
+
+    def _take_out(self, row: int) -> None:
+        for passes in (self.decoder, self.verified):
+            if row in passes.rows:
+                passes.remove(row)
 
     def result(self, row: int) -> tuple[Tensor, Tensor]:
         """Tokens (L,) and log-probabilities (L,) of a row, by position."""
@@ -204,41 +254,43 @@ class Sampler:
 
         Without `watched`, and where no row can stop early, nothing is read back or told.
         """
-        before = self.decoder.rows.copy()
+        before, verified = self.decoder.rows.copy(), self.verified.rows.copy()
+        rows = places = np.empty(0, np.int64)
+        told = self.fed.new_empty(0, 2 + self.most)
         if len(before):
             penalised = any(self.plans[row].draw.repetition_penalty != 1 for row in before.tolist())
             rows, places = self.decoder.step(self._choose, penalised)
-            stopping = any(self.plans[row].stop_id is not None for row in before.tolist())
-            if not watched and not stopping:
-                return None
-            self.reports.append(self._report(before, rows, places))
-        if self.reports and (len(self.reports) > self.late or not len(self.decoder.rows)):
+        if len(verified):
+            told = self.verified.step(exact=self.late == 0)
+        stopping = any(self.plans[row].stop_id is not None for row in before.tolist())
+        if len(verified) or (len(before) and (watched or stopping)):
+            made = self.fed[sent(rows, self.fed.device), sent(places, self.fed.device)]
+            left = np.isin(before, self.decoder.rows)
+            known = self.decoder.known.copy()
+            report = _Report(rows, places, made, before, left, known, self.born.copy(), verified, told)
+            if made.is_cuda:
+                report.made, report.told = (_on_its_way(x) for x in (made, told))
+                report.ready = torch.cuda.Event()
+                report.ready.record()
+            self.reports.append(report)
+        resting = not len(self.decoder.rows) and not len(self.verified.rows)
+        if self.reports and (len(self.reports) > self.late or resting):
             return self._told(self.reports.popleft())
         return None
 
-    def _report(self, before: NDArray[np.int64], rows: NDArray[np.int64], places: NDArray[np.int64]) -> _Report:
-        tokens = self.fed[sent(rows, self.fed.device), sent(places, self.fed.device)]
-        ready, left = None, np.isin(before, self.decoder.rows)
-        if tokens.is_cuda:
-            host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-            tokens, ready = host.copy_(tokens, non_blocking=True), torch.cuda.Event()
-            ready.record()
-        return _Report(rows, places, tokens, ready, before, left, self.decoder.known.copy(), self.born.copy())
-
     def _told(self, report: _Report) -> Filled:
         """What a pass made of texts that are still there, and not yet over; a text that has ended is taken out."""
-        if report.ready is not None:
-            report.ready.synchronize()
-        same = report.born == self.born
-        here = same & (self.saved == 0)
+        tokens = report.read(self.ends)
+        self.verified.counted += report.found
+        here = (report.born == self.born) & (self.saved == 0)
         mine = here[report.rows]
-        rows, places, tokens = report.rows[mine], report.places[mine], report.tokens.numpy()[mine]
+        rows, places, tokens = report.rows[mine], report.places[mine], tokens[mine]
         found = zip(rows.tolist(), places.tolist(), strict=True)
         positions = np.fromiter((self.plans[row].order[place] for row, place in found), np.int64, len(rows))
         ended = self.ended(rows, positions, tokens, report.known)
-        for row in set(ended) & set(self.decoder.rows.tolist()):
-            self.decoder.remove(row)
         over = report.at_work[here[report.at_work] & ~report.left].tolist()
+        for row in {*ended, *over}:
+            self._take_out(row)
         return Filled(rows, positions, tokens, [*over, *(row for row in ended if row not in over)])
 
     def _choose(self, logits: Tensor, rows: Tensor, places: Tensor) -> Tensor:
@@ -306,25 +358,19 @@ def sample_rows(
         ValueError: a field out of its range, said with the fix; or logits that are not numbers.
     """
     plans = plan_rows(request, model.shape.mask_id)
-    _check_proposals(request)
     kept = [] if kept is None else kept
     sampler = kept.pop() if kept else None  # another thread that samples meanwhile makes its own
-    if sampler is None or request.propose != 1 or not sampler.serves(request):
-        sampler = Sampler(model, request.num_samples, request.length, cache=request.cache)
-    made, (shapes, seconds), count = sampler.decoder.passes, sampler.decoder.recording, 0
+    most = max((plan.proposing.most for plan in plans if plan.proposing is not None), default=1)
+    if sampler is None or not sampler.serves(request, most):
+        sampler = Sampler(model, request.num_samples, request.length, cache=request.cache, most=most)
+    made, (shapes, seconds), count = sampler.passes, sampler.decoder.recording, 0
     taken = sampler.add_all(plans)
     fed, log_probs = (x[: len(taken), : request.length] for x in (sampler.fed, sampler.log_probs))
-    if request.propose != 1:
-        ended = None if request.stop_id is None else sampler.ended
-        rows = fed, sampler.order[:-1, :-1], log_probs
-        count = decode_verified(model, *rows, request, num_given=len(plans[0].given), watch=watch, ended=ended)
-    while request.propose == 1 and sampler.busy:
+    while sampler.busy:
         filled = sampler.step(watched=watch is not None)
-        if watch is not None and filled is not None:
+        if watch is not None and filled is not None and len(filled.rows):
             watch(count, *filled[:3])
             count += 1
-    if request.propose == 1:
-        count = sampler.decoder.passes - made
     if not bool(log_probs.isfinite().all()):
         raise ValueError("the model's logits are not finite numbers: check its weights, or load it in a wider dtype")
     order_BL = torch.from_numpy(np.stack([plan.order for plan in plans])).to(sampler.order.device)
@@ -333,9 +379,9 @@ def sample_rows(
     tokens, log_probs = _by_position(fed, order_BL), _by_position(log_probs, order_BL)
     for row in reversed(taken):  # the next call's rows are 0, 1, ... again
         sampler.release(row)
-    if request.propose == 1 and sampler.lasting:
+    if sampler.lasting:
         kept[:] = [sampler]
-    return Samples(tokens, log_probs, order_BL, ks, count, saved, (more[0] - shapes, more[1] - seconds))
+    return Samples(tokens, log_probs, order_BL, ks, sampler.passes - made, saved, (more[0] - shapes, more[1] - seconds))
 
 
 def of_one_length(schedules: list[list[int]]) -> list[list[int]]:
@@ -344,21 +390,9 @@ def of_one_length(schedules: list[list[int]]) -> list[list[int]]:
     return [ks + [0] * (most - len(ks)) for ks in schedules]
 
 
-def _check_proposals(request: SampleRequest) -> None:
-    propose, passes, schedule = request.propose, request.passes, request.schedule
-    if not (propose == "auto" or (isinstance(propose, int) and propose >= 1)) or passes not in (1, 2):
-        raise ValueError(
-            f"propose = {propose}, passes = {passes}: propose at least 1 token, or 'auto', in 1 or 2 passes"
-        )
-    if propose == 1:
-        return
-    if schedule != "first_hitting":
-        raise ValueError(
-            f"schedule = {schedule!r}: verified proposals have the distribution of one token a pass; use "
-            "schedule='first_hitting', or propose=1"
-        )
-    if request.repetition_penalty != 1:
-        raise ValueError(f"propose = {propose}: cannot be combined with repetition_penalty; use propose=1")
+def _on_its_way(x: Tensor) -> Tensor:
+    """A copy in the host's memory, which is there once the device comes to it."""
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
 
 def _wide(model: EsoLM) -> torch.dtype:

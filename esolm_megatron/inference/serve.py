@@ -31,19 +31,23 @@ from esolm_megatron.config import ConfigError, Section
 from esolm_megatron.inference.decoding.scheduler import RowPlan, plan_rows
 from esolm_megatron.inference.loaded_model import PretrainedEsoLM, parse_infill
 from esolm_megatron.inference.pieces import Transcript
-from esolm_megatron.inference.request import MOST, Cache, SamplingParams
+from esolm_megatron.inference.request import MOST, Cache, Propose, SamplingParams, most_proposed
 from esolm_megatron.inference.sampler import Sampler
 
 
 @dataclass(frozen=True)
 class Limits:
-    """rows: texts at once. length: tokens of a text, prompt included. queue: texts waiting. body: bytes. cache: see `Cache`."""
+    """rows: texts at once. length: tokens of a text, prompt included. queue: texts waiting. body: bytes. cache: see `Cache`.
+
+    propose: tokens that a request may propose at once, for which memory is kept; "auto" for all up to its most.
+    """
 
     rows: int = 16
     length: int = 1024
     queue: int = 64
     body: int = 1_000_000
     cache: Cache = "full"
+    propose: Propose = 1
 
 
 class StreamOptions(Section):
@@ -201,7 +205,8 @@ class Worker:
     def _run(self) -> None:
         with torch.inference_mode():
             try:
-                sampler = Sampler(self.model.model, self.limits.rows, self.limits.length, cache=self.limits.cache)
+                cache, most = self.limits.cache, most_proposed(self.limits.propose)
+                sampler = Sampler(self.model.model, self.limits.rows, self.limits.length, cache=cache, most=most)
                 while self._take_in(sampler):
                     self._step(sampler)
             finally:
@@ -226,7 +231,7 @@ class Worker:
         done = [row for row in self.at_work if not sampler.at_work(row)]  # those with nothing to fill
         news: list[tuple[Job, dict[str, Any]]] = []
         filled = sampler.step()
-        self.passes = sampler.decoder.passes
+        self.passes = sampler.passes
         if filled is not None:
             for row in np.unique(filled.rows).tolist():
                 mine, job = filled.rows == row, self.at_work[row]
@@ -264,6 +269,11 @@ def plans_of(model: PretrainedEsoLM, limits: Limits, asked: Completion) -> list[
     if length > limits.length or asked.n > limits.rows + limits.queue:
         raise Refused(
             413, f"n = {asked.n} texts of {length} tokens: at most {limits.rows + limits.queue} of {limits.length}"
+        )
+    if most_proposed(asked.propose) > most_proposed(limits.propose):
+        raise ConfigError(
+            f"propose = {asked.propose}: this server was started with propose={limits.propose}, for which it keeps memory; "
+            "ask for less, or start it with more"
         )
     if not length:
         raise ConfigError("infill: has no token and no hole")

@@ -47,9 +47,7 @@ class Queries:
     stored: Tensor | None = None
 
     @classmethod
-    def of(
-        cls, rows: Tensor, slots: Tensor, horizon: int, groups: tuple[Tensor, Tensor] | None, like: Tensor
-    ) -> Queries:
+    def of(cls, rows: Tensor, slots: Tensor, horizon: int, like: Tensor) -> Queries:
         """Of tokens as `KVCache.begin_step` has them; `like` has the queries' dtype and device."""
         counts = torch.bincount(rows)
         num_rows, width, padded = len(counts), int(counts.max()), None
@@ -57,34 +55,41 @@ class Queries:
             starts = counts.cumsum(0) - counts
             padded = (rows * width + torch.arange(len(rows)) - starts[rows]).to(like.device)
         if cached_attention(like) is not None:
-            limit, first = (slots * 0, slots * 0) if groups is None else groups
-            seen = torch.stack([slots, limit, first], 1).to(like.device, torch.int32)
+            seen = F.pad(slots[:, None], (0, 2)).to(like.device, torch.int32)
             if padded is not None:
                 seen = seen.new_full((num_rows * width, 3), -1).index_copy_(0, padded, seen)
             stored = torch.arange(num_rows, device=like.device)
             return cls(num_rows, width, horizon, padded, None, seen, stored)
-        if groups is None and int(slots.min()) + 1 == horizon:
+        if int(slots.min()) + 1 == horizon:
             return cls(num_rows, width, horizon, padded, None)
         key = torch.arange(horizon, device=like.device)
         hidden = key > slots.to(like.device)[:, None]
-        if groups is not None:
-            limit, first = (x.to(like.device)[:, None] for x in groups)
-            hidden |= (key >= limit) & (key < first)
         bias = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, float("-inf"))
         if padded is not None:  # padding may see anything: nobody looks at it
             bias = bias.new_zeros(num_rows * width, horizon).index_copy_(0, padded, bias)
         return cls(num_rows, width, horizon, padded, bias.view(num_rows, 1, width, horizon))
 
     @classmethod
-    def fixed(cls, stored: Tensor, slots: Tensor, horizon: int, like: Tensor) -> Queries:
-        """Of rows `stored` (rows,) of the cache and slots (rows, width), -1 for padding; nothing is asked of the host."""
+    def fixed(
+        cls, stored: Tensor, slots: Tensor, horizon: int, like: Tensor, groups: tuple[Tensor, Tensor] | None = None
+    ) -> Queries:
+        """Of rows `stored` (rows,) of the cache and slots (rows, width), -1 for padding. On GPUs nothing is asked of the host.
+
+        groups: limit and first, (rows, width) each: a token sees the slots below `limit`, and those from `first` to its own.
+        """
         num_rows, width = slots.shape
         if cached_attention(like) is not None:
-            seen = F.pad(slots.view(-1, 1), (0, 2)).int()
+            limit, first = (slots * 0, slots * 0) if groups is None else groups
+            seen = torch.stack([slots, limit, first], -1).view(-1, 3).int()
             return cls(num_rows, width, horizon, None, None, seen, stored)
-        hidden = torch.arange(horizon, device=like.device) > slots.clamp(min=0)[:, None, :, None]
+        key = torch.arange(horizon, device=like.device)
+        hidden = key > slots.clamp(min=0)[:, None, :, None]
+        if groups is not None:
+            limit, first = (x[:, None, :, None] for x in groups)
+            hidden |= (key >= limit) & (key < first)
         bias = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, float("-inf"))
-        return cls(num_rows, width, horizon, None, bias, None, stored)
+        first_ones = torch.equal(stored, torch.arange(num_rows, device=like.device))  # whose keys need no copy
+        return cls(num_rows, width, horizon, None, bias, None, None if first_ones else stored)
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, scales: Tensor | None = None) -> Tensor:
         """q (T, N, D), keys and values (rows, G, slots, D), of 8 bits with scales (2, rows, G, slots) -> (T, N, D)."""
@@ -147,32 +152,39 @@ class KVCache:
         self.like = torch.empty(0, dtype=dtype, device=device)
         self.rows = self.slots = torch.empty(0, dtype=torch.int64)
 
-    def begin_step(
-        self, rows: Tensor, slots: Tensor, places: Tensor, groups: tuple[Tensor, Tensor] | None = None
-    ) -> None:
+    def begin_step(self, rows: Tensor, slots: Tensor, places: Tensor) -> None:
         """Say what is fed next: tokens of rows 0, 1, ... of the cache, each row's together, in the order of slots.
 
         rows, slots: (T,) int64 on the CPU; every row from 0 to the last has a token. places: (M,) on the CPU, which of
-        these the head looks at, some of each row. groups: (T,) number of tokens and (T,) first slot: a fed token sees
-        the slots below the number, and those from the first to its own.
+        these the head looks at, some of each row.
         """
         device, horizon = self.keys.device, int(slots.max()) + 1
         self.rows, self.slots = rows.to(device), slots.to(device)
-        self.queries = Queries.of(rows, slots, horizon, groups, self.like)
-        some = None if groups is None else (groups[0][places], groups[1][places])
-        self.looked_at = places.to(device), Queries.of(rows[places], slots[places], horizon, some, self.like)
+        self.queries = Queries.of(rows, slots, horizon, self.like)
+        self.looked_at = places.to(device), Queries.of(rows[places], slots[places], horizon, self.like)
 
-    def begin_fixed(self, rows: Tensor, slots: Tensor, inside: Tensor, looked_at: Tensor) -> None:
+    def begin_fixed(
+        self,
+        rows: Tensor,
+        slots: Tensor,
+        inside: Tensor,
+        looked_at: Tensor,
+        groups: tuple[Tensor, Tensor] | None = None,
+        horizon: int | None = None,
+    ) -> None:
         """As `begin_step`, at a fixed shape and of tensors on the device alone.
 
         rows: (R,) of the cache. slots: (R, W) of what is fed; padding, where `inside` is false, has a spare one. looked_at:
-        (R, M) indices among these tokens.
+        (R, M) indices among these tokens. groups: (R, W) each, see `Queries.fixed`. horizon: more than any slot that is seen, where
+        the host knows it.
         """
         own = torch.where(inside, slots, -1)
         self.rows, self.slots = rows[:, None].expand_as(slots).reshape(-1), slots.reshape(-1)
-        at, horizon = looked_at.reshape(-1), self.keys.shape[3]
-        self.queries = Queries.fixed(rows, own, horizon, self.like)
-        self.looked_at = at, Queries.fixed(rows, own.view(-1)[at].view(looked_at.shape), horizon, self.like)
+        at, horizon = looked_at.reshape(-1), self.keys.shape[3] if horizon is None else horizon
+        self.queries = Queries.fixed(rows, own, horizon, self.like, groups)
+        own, *seen = (x.view(-1)[at].view(looked_at.shape) for x in (own, *(groups or ())))
+        some = (seen[0], seen[1]) if seen else None
+        self.looked_at = at, Queries.fixed(rows, own, horizon, self.like, some)
 
     @property
     def last(self) -> LastQueries:

@@ -22,7 +22,7 @@ from esolm_megatron.inference import serve
 from esolm_megatron.inference.serve import Limits, build
 from esolm_megatron.model.pretrained import save_model
 
-LIMITS = Limits(rows=3, length=64, queue=4, body=2000)
+LIMITS = Limits(rows=3, length=64, queue=4, body=2000, propose="auto")
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def model(folder):
 
 @pytest.fixture(scope="module")
 def served(model):
-    running = Running(model, replace(LIMITS, queue=6))
+    running = Running(model, replace(LIMITS, queue=9))
     yield running
     running.stop()
 
@@ -87,6 +87,8 @@ KINDS = [
     {"infill": "a = [[9]]\nb[[3]]", "seed": 3, "schedule": "uniform", "order": "block_distant", "steps": 4},
     {"max_tokens": 30, "seed": 4, "alpha_0": 0.0, "temperature": 0.7, "top_p": 0.8},
     {"max_tokens": 11, "seed": 5, "schedule": "first_hitting", "top_k": 9, "repetition_penalty": 1.3},
+    {"prompt": "ab", "max_tokens": 33, "seed": 7, "n": 2, "schedule": "first_hitting", "propose": 4, "top_p": 0.9},
+    {"max_tokens": 20, "seed": 8, "alpha_0": 0.3, "schedule": "first_hitting", "propose": "auto", "passes": 2},
     {"prompt": "x", "max_tokens": 50, "seed": 6, "n": 3, "order": "left_to_right"},
 ]
 
@@ -105,8 +107,8 @@ def expected(model, n=1, prompt="", infill=None, max_tokens=0, steps=None, **opt
 
 
 def test_requests_of_every_kind_at_once_get_what_sample_draws(served, model):
-    """6 requests of 9 texts over 3 rows: most enter in the middle of others."""
-    with ThreadPoolExecutor(6) as pool:
+    """8 requests of 12 texts over 3 rows: most enter in the middle of others."""
+    with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda body: ask(served, **body), KINDS))
     for body, answer in zip(KINDS, answers, strict=True):
         tokens, log_probs = samples = expected(model, **body)
@@ -157,7 +159,7 @@ def test_a_stream_tells_every_place_once_and_out_of_order(served, model):
     ("body", "status", "message"),
     [
         ({"max_tokens": 65}, 413, "65 tokens"),
-        ({"n": 10}, 413, "n = 10"),
+        ({"n": 13}, 413, "n = 13"),
         ({"prompt": "a" * 3000}, 413, "a request may have 2000"),
         ({"max_tokens": 0}, 400, "max_tokens"),
         ({"top_q": 1}, 400, "top_q"),
@@ -184,6 +186,10 @@ def test_a_stream_tells_every_place_once_and_out_of_order(served, model):
         ({"logprobs": 5}, 400, "logprobs"),
         ({"best_of": 2}, 400, "best_of"),
         ({"stop": [5]}, 400, "stop"),
+        ({"propose": 10**30, "schedule": "first_hitting"}, 400, "started with propose=auto"),
+        ({"propose": 4}, 400, "use schedule='first_hitting'"),
+        ({"propose": "all"}, 400, "propose"),
+        ({"passes": 3}, 400, "passes"),
     ],
 )
 def test_refusals(served, body, status, message):

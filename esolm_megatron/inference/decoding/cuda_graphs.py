@@ -77,31 +77,58 @@ def chosen(model: EsoLM, hidden: Tensor, rows: Tensor, places: Tensor, choose: C
 
 
 @dataclass
+class Recorder:
+    """Functions of what lies on the device: each is run until all is ready, then recorded as a CUDA graph, and replayed.
+
+    record: make graphs; otherwise they run as they are. seconds: what recording took.
+    """
+
+    record: bool
+    seconds: float = 0.0
+    graphs: dict[object, torch.cuda.CUDAGraph] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._ready: Counter[object] = Counter()
+        self._pool = torch.cuda.graph_pool_handle() if self.record else None
+
+    def __call__(self, key: object, run: Callable[[], None]) -> None:
+        """Run it; key: equal where the same operators work at the same places."""
+        self._ready[key] += 1
+        if key in self.graphs:
+            self.graphs[key].replay()
+        elif not self.record or self._ready[key] < RECORD_AT or len(self.graphs) == MOST_GRAPHS:
+            run()
+        else:
+            begun = time.monotonic()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                run()
+            self.graphs[key] = graph
+            self.seconds += time.monotonic() - begun
+            graph.replay()
+
+
+@dataclass
 class RecordedPasses:
     """Passes over rows that keep their own pace, filled in place.
 
-    cache: one slot more than places. fed, order: (R + 1, L + 1) int64, see `Decoder`. record: make CUDA graphs; otherwise each pass
-    runs as it is, at the same shapes. ahead: 0 fills masks; 1 the place after each last token, as in autoregressive decoding.
-    counts: passes of each size. seconds: what recording took.
+    cache: one slot more than places. fed, order: (R + 1, L + 1) int64, see `Decoder`. ahead: 0 fills masks; 1 the place after
+    each last token, as in autoregressive decoding. counts: passes of each size.
     """
 
     model: EsoLM
     cache: KVCache
     fed: Tensor
     order: Tensor
-    record: bool
+    recorder: Recorder
     ahead: int = 0
     counts: Counter[Size] = field(default_factory=Counter)
-    seconds: float = 0.0
 
     def __post_init__(self) -> None:
         rows, places = self.fed.shape
         self.bounds = self.fed.new_zeros(rows, places + 2)  # of each pass: places cached, known, and known after it
         self.pass_of = self.fed.new_zeros(rows)
         self.stored = self.fed.new_full((rows,), rows - 1)
-        self.graphs: dict[tuple[Size, object], torch.cuda.CUDAGraph] = {}
-        self._ready: Counter[tuple[Size, object]] = Counter()
-        self._pool = torch.cuda.graph_pool_handle() if self.record else None
 
     def plan(self, rows: NDArray[np.int64], bounds: NDArray[np.int64]) -> None:
         """Let rows (n,) start anew with these bounds (n, up to L + 3): a pass's three are those from its number on."""
@@ -117,21 +144,8 @@ class RecordedPasses:
 
     def __call__(self, size: Size, choose: Choose, kind: object = None) -> None:
         """One pass. kind: names what decides the operators of `choose`, whose work is recorded with the pass."""
-        key = size, kind
         self.counts[size] += 1
-        self._ready[key] += 1
-        if key in self.graphs:
-            self.graphs[key].replay()
-        elif not self.record or self._ready[key] < RECORD_AT or len(self.graphs) == MOST_GRAPHS:
-            self.run(size, choose)
-        else:
-            begun = time.monotonic()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
-                self.run(size, choose)
-            self.graphs[key] = graph
-            self.seconds += time.monotonic() - begun
-            graph.replay()
+        self.recorder((size, kind), lambda: self.run(size, choose))
 
     def run(self, size: Size, choose: Choose) -> None:
         """The pass itself: a function of integers on the device, without a look at them."""

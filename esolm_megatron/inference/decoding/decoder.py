@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from esolm_megatron.inference.decoding.cuda_graphs import Choose, RecordedPasses, Size, chosen, sent
+from esolm_megatron.inference.decoding.cuda_graphs import Choose, RecordedPasses, Recorder, Size, chosen, sent
 from esolm_megatron.model.cache import KVCache
 from esolm_megatron.model.products import FastProducts
 from esolm_megatron.model.transformer import EsoLM
@@ -38,6 +38,7 @@ class Decoder:
     (R,) places that hold tokens, from the first on; cached: (R,) those whose keys are kept. passes: how many there were.
     fixed_shapes: run passes at a few shapes, of numbers on the device (inference/decoding/cuda_graphs.py); on GPUs by
     default. record: such passes may be recorded, as `choose` asks nothing of the host. int8: keep keys and values in 8 bits.
+    more_slots: of each row of the cache, beside its places.
     """
 
     def __init__(
@@ -49,11 +50,12 @@ class Decoder:
         fixed_shapes: bool | None = None,
         record: bool = False,
         int8: bool = False,
+        more_slots: int = 0,
     ):
         num_rows, length = (n - 1 for n in fed.shape)
-        self.model, self.fed, self.order, self.int8 = model, fed, order, int8
+        self.model, self.fed, self.order, self.int8, self.more_slots = model, fed, order, int8, more_slots
         self.fixed_shapes = fed.is_cuda if fixed_shapes is None else fixed_shapes
-        self.record = record and fed.is_cuda
+        self.recorder = Recorder(record and fed.is_cuda)
         self.products = FastProducts(model)
         self.rows, self.passes, self.fresh = np.empty(0, np.int64), 0, list[int]()
         self.prompts: dict[int, Hashable] = {}
@@ -65,17 +67,18 @@ class Decoder:
         """Memory for all rows, taken when it is first needed."""
         num_rows, length = (n - 1 for n in self.fed.shape)
         dtype, size = self.model.embedding.weight.dtype, self.model.linears.tensor_size
-        return KVCache(self.model.shape, num_rows, length + 1, dtype, self.fed.device, tensor_size=size, int8=self.int8)
+        slots = length + 1 + self.more_slots
+        return KVCache(self.model.shape, num_rows, slots, dtype, self.fed.device, tensor_size=size, int8=self.int8)
 
     @cached_property
     def recorded(self) -> RecordedPasses:
         """The passes at fixed shapes."""
-        return RecordedPasses(self.model, self.cache, self.fed, self.order, self.record)
+        return RecordedPasses(self.model, self.cache, self.fed, self.order, self.recorder)
 
     @property
     def recording(self) -> tuple[int, float]:
         """Shapes of passes that were recorded, and the seconds that it took."""
-        return (len(self.recorded.graphs), self.recorded.seconds) if self.record and self.passes else (0, 0.0)
+        return len(self.recorder.graphs), self.recorder.seconds
 
     def add(self, row: int, ks: ArrayLike, num_given: int, prompt: Hashable = None) -> bool:
         """Start a row whose first `num_given` places are known; False if nothing is left to fill.
@@ -137,14 +140,14 @@ class Decoder:
             return
         rows = np.array(self.fresh)
         self.fresh = []
-        self._prefill(rows[self.known[rows] > SHORT])
+        self.prefill(rows[self.known[rows] > SHORT])
         steps = self.plan[rows, : int((self.plan[rows] > 0).sum(1).max())]
         known = self.known[rows][:, None]
         bounds = np.concatenate([self.cached[rows][:, None], known, known + np.cumsum(steps, 1)], 1)
         self.recorded.plan(rows, bounds)
         self.recorded.at_work(self.rows)
 
-    def _prefill(self, rows: NDArray[np.int64]) -> None:
+    def prefill(self, rows: NDArray[np.int64]) -> None:
         """Feed the prompts of rows by themselves, in chunks, each prompt once: other rows get a copy of its keys."""
         first: dict[Hashable, int] = {}
         for row in rows.tolist():

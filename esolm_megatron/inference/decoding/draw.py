@@ -64,22 +64,24 @@ def penalise(logits: Tensor, held: Tensor, penalty: float) -> Tensor:
     return logits.scatter(1, held, torch.where(found > 0, found / penalty, found * penalty))
 
 
-def probabilities(logits: Tensor, draw: Draw) -> Tensor:
+def probabilities(logits: Tensor, kinds: Tensor, filtered: bool) -> Tensor:
     """The distribution (M, V), fp32 or fp64, that `draw_tokens` draws from, without the repetition penalty.
 
-    For verified decoding, which compares two of them; a nucleus costs a sort here.
+    kinds: (M, 4) fp64, temperature, top_p, top_k and penalty of each row. filtered: whether any has a top_k or top_p, which
+    cost a sort here. For verified decoding, which compares two of them.
     """
-    if draw.temperature == 0:
-        p = (logits == logits.amax(-1, keepdim=True)).to(logits.dtype)
-    else:
-        p = (logits / draw.temperature).softmax(-1)
-    if 0 < draw.top_k < p.shape[1]:
-        p = p.masked_fill(p < p.topk(draw.top_k).values[:, -1:], 0)
-    p = p / p.sum(-1, keepdim=True)
-    if draw.top_p < 1:
-        ranked = p.sort(descending=True).values
-        kept = (ranked.double().cumsum(-1) - ranked < draw.top_p).sum(-1, keepdim=True)
-        p = p.masked_fill(p < ranked.gather(1, (kept - 1).clamp(min=0)), 0)
+    temperature, top_p, top_k, _ = kinds.unsqueeze(-1).unbind(1)
+    sharp = (logits / torch.where(temperature == 0, 1, temperature).to(logits.dtype)).softmax(-1)
+    p = torch.where(temperature == 0, (logits == logits.amax(-1, keepdim=True)).to(logits.dtype), sharp)
+    if filtered:
+        most, ranked = p.shape[1], p.sort(descending=True).values
+        count = torch.where(top_k > 0, top_k, most).long().clamp(max=most)
+        least = ranked.gather(1, count - 1)
+        ranked = ranked.masked_fill(ranked < least, 0)
+        total = ranked.sum(-1, keepdim=True)
+        before = (ranked / total).double().cumsum(-1) - ranked / total
+        kept = torch.where(top_p < 1, (before < top_p).sum(-1, keepdim=True), most)
+        p = p.masked_fill(p < torch.maximum(least, ranked.gather(1, kept.clamp(min=1) - 1)), 0)
     return p / p.sum(-1, keepdim=True)
 
 

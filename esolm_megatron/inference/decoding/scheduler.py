@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from esolm_megatron.inference.request import Cache, Draw, Order, SampleRequest, Schedule
+from esolm_megatron.inference.request import Cache, Draw, Order, Proposing, SampleRequest, Schedule, most_proposed
 from esolm_megatron.objective.noise import alpha, uniforms, words
 from esolm_megatron.objective.order import random_order
 
@@ -84,7 +84,8 @@ class RowPlan:
     """What is decided about a row before its first pass.
 
     given: (P,) ids of the prompt, the first P of the order. order: (L,) positions. ks: places of each pass. raw: (L,)
-    int64 random words, one for each place. draw: how its tokens are drawn. stop_id: see `sample`.
+    int64 random words, one for each place. draw: how its tokens are drawn. stop_id: see `sample`. proposing: None for tokens
+    that are not proposed first.
     """
 
     given: NDArray[np.int64]
@@ -93,6 +94,7 @@ class RowPlan:
     raw: NDArray[np.int64]
     draw: Draw
     stop_id: int | None
+    proposing: Proposing | None = None
 
 
 def plan_rows(request: SampleRequest, mask_id: int) -> list[RowPlan]:
@@ -124,7 +126,13 @@ def plan_rows(request: SampleRequest, mask_id: int) -> list[RowPlan]:
         else:
             places = wanted[i]
         raw = words(length, seed, "token", row).view(np.int64)
-        plans.append(RowPlan(given[i], places, ks + [1] * (num_free - sum(ks)), raw, request.draw, request.stop_id))
+        proposing = None
+        if request.propose != 1:
+            propose = request.propose if isinstance(request.propose, str) else min(request.propose, max(num_free, 1))
+            more = words(num_free * 2 * most_proposed(propose), seed, "proposals", row).view(np.int64)
+            proposing = Proposing(propose, request.passes, more.reshape(num_free, 2 * most_proposed(propose)))
+        ks = ks + [1] * (num_free - sum(ks))
+        plans.append(RowPlan(given[i], places, ks, raw, request.draw, request.stop_id, proposing))
     return plans
 
 
@@ -144,6 +152,18 @@ def _check(request: SampleRequest, mask_id: int) -> None:
         raise ValueError(
             f"schedule = {request.schedule!r}: order='block_distant' needs steps of one size; use schedule='uniform'"
         )
+    propose, passes = request.propose, request.passes
+    if not (propose == "auto" or (isinstance(propose, int) and propose >= 1)) or passes not in (1, 2):
+        raise ValueError(
+            f"propose = {propose}, passes = {passes}: propose at least 1 token, or 'auto', in 1 or 2 passes"
+        )
+    if propose != 1 and request.schedule != "first_hitting":
+        raise ValueError(
+            f"schedule = {request.schedule!r}: verified proposals have the distribution of one token a pass; use "
+            "schedule='first_hitting', or propose=1"
+        )
+    if propose != 1 and request.repetition_penalty != 1:
+        raise ValueError(f"propose = {propose}: cannot be combined with repetition_penalty; use propose=1")
     if request.stop_id is not None and not 0 <= request.stop_id < mask_id:
         raise ValueError(
             f"stop_id = {request.stop_id}: must be an id of 0 to {mask_id - 1}, or None to fill every place"

@@ -140,15 +140,20 @@ class Host(TorchDispatchMode):
 def counted_pass(options, rows=3, length=24, **shape):
     """Operators of one pass of a sampler through a GPU's branches, and what it asked the host."""
     model = random_model(**MODERN, **shape).bfloat16()
-    sampler = Sampler(model, rows, length, fixed_shapes=True, cache=options.get("cache", "full"))
+    most = 8 if options.get("propose") == "auto" else options.get("propose", 1)
+    sampler = Sampler(model, rows, length, fixed_shapes=True, late=2, cache=options.get("cache", "full"), most=most)
     sampler.add_all(plan_rows(SampleRequest(rows, length, alpha_0=1.0, **options), model.shape.mask_id))
     with torch.inference_mode(), cuda_operators():
         sampler.kernel = fused_draw(sampler.log_probs)
         sampler.step(watched=False)
-        passes = sampler.decoder.recorded
-        assert passes.counts
+        recorder, (key, count) = sampler.decoder.recorder, next(iter(sampler.decoder.recorder._ready.items()))
+        assert count == 1
         with Host() as seen:
-            passes.run(next(iter(passes.counts)), sampler._choose)
+            if most > 1:
+                sampler.verified.run(*key[0], key[1])
+            else:
+                sampler.decoder.recorded.run(key[0], sampler._choose)
+        assert recorder._ready.total() == 1
     return seen
 
 
@@ -158,6 +163,8 @@ def test_a_pass_asks_the_host_nothing():
     uniform = {"schedule": "uniform", "steps": 12}
     for options in ({}, {"top_p": 0.5, "top_k": 7, "repetition_penalty": 1.2}, {"cache": "int8"}):
         assert counted_pass({**uniform, **options}).asked == []
+    for options in ({"propose": 3}, {"propose": "auto", "top_p": 0.5, "top_k": 7}, {"propose": 4, "passes": 2}):
+        assert counted_pass({"schedule": "first_hitting", "steps": 1, **options}).asked == []
     with Host() as seen:
         assert torch.ones(3).any()
         torch.ones(3)[torch.ones(3).bool()]
@@ -170,6 +177,23 @@ def test_a_pass_has_few_operators():
     two, three = (counted_pass({"schedule": "uniform", "steps": 12}, num_layers=n).count for n in (2, 3))
     assert three - two < 100, "the layer, with what the interpreter adds"
     assert counted_pass({"schedule": "uniform", "steps": 12}, rows=5, num_layers=2).count == two
+    proposed = {"schedule": "first_hitting", "steps": 1, "propose": 3}
+    assert len({counted_pass(proposed, rows=n).count for n in (2, 5)}) == 1
+
+
+def test_passes_of_proposals_have_few_sizes():
+    """Of all passes of a call, whose rows are at different places of their texts."""
+    pytest.importorskip("triton")
+    for options, sizes in (({}, 3), ({"passes": 2}, 6), ({"propose": "auto"}, 3)):
+        request = SampleRequest(4, 60, 1.0, 1, schedule="first_hitting", **{"propose": 4, **options})
+        sampler = Sampler(random_model(), 4, 60, fixed_shapes=True, late=2, most=8)
+        sampler.add_all(plan_rows(request, 22))
+        with torch.inference_mode():
+            while sampler.busy:
+                sampler.step()
+        ready = sampler.decoder.recorder._ready
+        assert len(ready) <= sizes, ready.keys()
+        assert ready.total() > 10
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,8 @@ def test_the_loss_is_a_divergence():
 def test_a_kept_sampler_serves_requests_of_its_kind():
     sampler = Sampler(random_model(), 2, 8, cache="int8")
     request = SampleRequest(2, 8, 1.0, 4)
-    assert not sampler.serves(request)
-    assert sampler.serves(SampleRequest(2, 8, 1.0, 4, cache="int8"))
+    assert not sampler.serves(request, 1)
+    assert sampler.serves(SampleRequest(2, 8, 1.0, 4, cache="int8"), 1)
+    assert not sampler.serves(SampleRequest(2, 8, 1.0, 4, cache="int8"), 3)
     with pytest.raises(ValueError, match="cache = '8': must be one of full, int8"):
         sample(random_model(), 2, 8, alpha_0=1.0, steps=4, cache="8")

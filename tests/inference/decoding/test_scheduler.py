@@ -107,6 +107,9 @@ def test_first_hitting_has_the_share_of_the_ancestral_sampler():
     assert abs(32 - np.mean(sequential) - 1 - 8) < 1
 
 
+PROPOSED = {f"proposed-{n}": {"schedule": "first_hitting", "propose": 3, "passes": n} for n in (1, 2)}
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"late": 3}, {"fixed_shapes": True, "late": 3}], ids=["now", "late", "fixed, late"]
 )
@@ -114,14 +117,15 @@ def test_rows_come_and_go(options):
     """Plans that enter when others leave give what they give alone, whatever memory they are put in, and when they are read."""
     model = random_model()
     kinds = list(KINDS.values())[:5]
+    proposed = {5: PROPOSED["proposed-1"], 6: PROPOSED["proposed-2"], 8: {**PROPOSED["proposed-1"], "propose": "auto"}}
     plans = [
         planned(
             1, 5 + i, mask_id=22, first_row=i, alpha_0=0.6, steps=1 + i % 3, seed=i,
-            top_p=0.8 if i % 2 else 1.0, repetition_penalty=1.0 + (i == 4), stop_id=STOPS.get(i), **kinds[i % 5],
+            top_p=0.8 if i % 2 else 1.0, repetition_penalty=1.0 + (i == 4), stop_id=STOPS.get(i), **proposed.get(i, kinds[i % 5]),
         )[0]
         for i in range(9)
     ]  # fmt: skip
-    sampler, waiting, made, at = Sampler(model, 3, 13, **options), list(range(9)), {}, {}
+    sampler, waiting, made, at = Sampler(model, 3, 13, most=8, **options), list(range(9)), {}, {}
     told, saved = {i: {} for i in range(9)}, {}
     with torch.inference_mode():
         while waiting or sampler.busy:
@@ -139,7 +143,7 @@ def test_rows_come_and_go(options):
         assert any(saved.values()), "the test needs a row that is stopped"
         assert not sampler.plans
         for i, plan in enumerate(plans):
-            alone = Sampler(model, 1, 13, late=5 * (i % 2))  # what follows an end is neither told nor kept
+            alone = Sampler(model, 1, 13, late=5 * (i % 2), most=8)  # what follows an end is neither told nor kept
             alone.add(plan)
             while alone.busy:
                 alone.step()
@@ -153,7 +157,6 @@ def test_rows_come_and_go(options):
 # ------------------------------------------------------------------------------------------------------- early stops
 
 
-PROPOSED = {f"proposed-{n}": {"schedule": "first_hitting", "propose": 3, "passes": n} for n in (1, 2)}
 STOPPED = {**KINDS, **PROPOSED}
 
 
@@ -185,7 +188,7 @@ def test_stopped_rows_are_full_rows_cut_at_end_of_text(kind):
 @pytest.mark.parametrize("passes", [1, 2])
 def test_a_stop_saves_work_of_verified_proposals(passes):
     model = random_model()
-    options = {"alpha_0": 0.5, "steps": 6, "seed": 3, "schedule": "first_hitting", "propose": 3, "passes": passes}
+    options = {"alpha_0": 0.5, "steps": 6, "seed": 5, "schedule": "first_hitting", "propose": 3, "passes": passes}
     whole, cut = (sample(model, 16, 13, **options, stop_id=stop) for stop in (None, 5))
     assert cut.saved.sum() > 20
     assert torch.equal((cut[1] == 0).sum(1), cut.saved)
@@ -238,7 +241,12 @@ def test_top_k_and_both_together():
         tokens, log_probs = draw_tokens(logits.expand(20000, -1), raw, draw)
         chi_square_is_fine(torch.bincount(tokens, minlength=500), p / p.sum())
         close(log_probs, logits.log_softmax(0)[tokens])
-        close(probabilities(logits[None], draw)[0], p / p.sum())
+        kinds = torch.tensor([[draw.temperature, draw.top_p, draw.top_k, 1.0]] * 2, dtype=torch.float64)
+        kinds[1] = torch.tensor([0.5, 1, 0, 1])  # each row is drawn in its own way
+        found = probabilities(logits.expand(2, -1), kinds, True)
+        close(found[0], p / p.sum())
+        close(found[1], (logits / 0.5).softmax(0))
+        close(probabilities(logits.expand(2, -1), kinds, False)[1], (logits / 0.5).softmax(0))
 
 
 def test_repetition_is_penalised_once_for_each_token_of_the_row():

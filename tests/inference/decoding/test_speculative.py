@@ -90,7 +90,7 @@ def test_a_model_that_ignores_its_context_needs_one_pass_for_k_tokens():
 
 def test_how_many_proposals_pay():
     """By acceptance: none of use, the start, half, nearly all. And a row's tokens do not depend on the rows beside it."""
-    found = [speculative._Row(0, 0, accepted=a, judged=n).best for a, n in ((0, 40), (0, 0), (50, 100), (99, 100))]
+    found = speculative.best(*torch.tensor([[0, 40], [0, 0], [50, 100], [99, 100]]).T).tolist()
     assert found == sorted(found)
     assert found[0] == 1
     assert found[1] == found[2] > 1
