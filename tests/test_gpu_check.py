@@ -84,6 +84,7 @@ def test_every_part_leaves_results(whole):
     sample = [row for row in sample if row not in served]
     assert {row["method"] for row in sample if (row["batch"], row["steps"]) == (4, "8")} >= {"ours", "int8_cache"}
     assert {(row["batch"], row["steps"]) for row in sample} == {(1, "8"), (1, "one"), (4, "8"), (4, "one")}
+    assert {row["method"] for row in sample if (row["batch"], row["steps"]) == (4, "one")} >= {"ours", "proposals"}
     assert all(row["ms_per_pass"] > 0 for row in sample)
     assert len(profile) == 4
     for found in profile:
@@ -120,7 +121,7 @@ def test_parts_that_are_cut_or_die_leave_what_they_had_and_the_next_ones_run(who
     assert 1 < tests["seconds"] < 60
     assert train["error"].startswith("train was killed by signal 9")
     assert [row["stage"] for row in train["results"]] == ["corpus", "tokenizer", "prepare", "train"]
-    assert len(sample["results"]) == 14 + 3 + 2
+    assert len(sample["results"]) == 14 + 3 + 2 + 2
 
 
 def test_the_budgets_fit_a_lease():
