@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 from esolm_megatron.model import kernels
@@ -218,6 +219,31 @@ OPERATORS = {
 
 
 @contextmanager
+def rounding():
+    """Triton's interpreter narrows fp32 to bf16 as a GPU does, to the nearest; by itself it cuts off (up to 3.9)."""
+    try:
+        from triton.language import bfloat16, float32
+        from triton.runtime import interpreter
+    except ImportError:
+        yield
+        return
+    convert = interpreter._convert_float
+
+    def nearest(x, input_dtype, output_dtype, mode):
+        if (input_dtype, output_dtype) != (float32, bfloat16):
+            return convert(x, input_dtype, output_dtype, mode)
+        bits = np.frombuffer(x.tobytes(), np.uint32)
+        up = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return np.where(np.isnan(bits.view(np.float32)), bits >> 16 | 1, up).astype(np.uint16).reshape(x.shape)
+
+    interpreter._convert_float = nearest
+    try:
+        yield
+    finally:
+        interpreter._convert_float = convert
+
+
+@contextmanager
 def cuda_operators():
     """CPU tensors take the branches of a GPU inside; yields a Counter of the operators that ran."""
     calls = Counter()
@@ -234,7 +260,8 @@ def cuda_operators():
         library.impl(name, counted(name, function), "CPU")
     kernels.GPU_DEVICES.add("cpu")
     try:
-        yield calls
+        with rounding():
+            yield calls
     finally:
         kernels.GPU_DEVICES.remove("cpu")
         library._destroy()

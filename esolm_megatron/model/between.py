@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from esolm_megatron.model.kernels import sampling_kernels
 from esolm_megatron.model.rotary import rotate
 
 
@@ -33,6 +34,9 @@ def heads(
     norms: weights of the RMSNorm of queries and of keys. sizes: G, queries of each, D; rows are grouped so, see `Attention`.
     """
     groups, queries, width = sizes
+    kernels = sampling_kernels(y)
+    if kernels is not None:
+        return kernels.rotated(y, rope, norms, sizes, eps)
     y = y.view(y.shape[0], groups, queries + 2, width)
     q, k, v = y.split([queries, 1, 1], dim=2)  # one concatenation in backward
     if norms is not None:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from esolm_megatron.config import ModelConfig
-from esolm_megatron.model.kernels import cached_attention
+from esolm_megatron.model.kernels import cached_attention, sampling_kernels
 
 
 @dataclass(frozen=True)
@@ -201,6 +201,11 @@ class KVCache:
         keys, values, scales = self.keys[layer], self.values[layer], None
         if self.scales is not None:
             scales = self.scales[:, layer]
+        kernels = sampling_kernels(k)
+        if kernels is not None:
+            kernels.store(k, v, keys, values, scales, self.rows, self.slots)
+            return keys, values, scales
+        if scales is not None:
             own = (torch.stack([x.abs().amax(-1) for x in (k, v)]).float() / 127).clamp(
                 min=torch.finfo(torch.float32).tiny
             )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -50,6 +51,17 @@ def cached_attention(like: Tensor) -> Callable[..., Tensor] | None:
     except ImportError:  # torch for GPUs brings Triton on Linux
         return None
     return attend
+
+
+def sampling_kernels(like: Tensor) -> ModuleType | None:
+    """Small work of a pass without gradients, in few launches: model/sampling_triton.py. None: torch."""
+    if not on_gpu(like) or like.dtype == torch.float64 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    try:
+        from esolm_megatron.model import sampling_triton
+    except ImportError:
+        return None
+    return sampling_triton
 
 
 def int8_rows(x: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:

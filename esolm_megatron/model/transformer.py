@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from esolm_megatron.config import ModelConfig
 from esolm_megatron.model.between import EAGER, Between, compiled
+from esolm_megatron.model.kernels import sampling_kernels
 from esolm_megatron.model.layers import Box, Linears, Mlp, Norm, VocabHead, boxes, split_of, whole_shape
 from esolm_megatron.model.rotary import rotary_tables
 
@@ -116,7 +117,11 @@ class Block(nn.Module):
 
     def _after(self, x: Tensor, mixed: Tensor, drop: Dropped) -> Tensor:
         ids, first, second = drop
-        x = self.between.add(x, self.attention(mixed), ids, first, self.dropout)
+        delta, kernels = self.attention(mixed), sampling_kernels(x)
+        if kernels is not None and ids is None:
+            x, y = kernels.added(x, delta, self.norm2.weight, self.norm2.bias, self.norm2.eps)
+            return self.between.add(x, self.mlp(y, self.between), None, None, 0.0)
+        x = self.between.add(x, delta, ids, first, self.dropout)
         if self.recompute_mlp and torch.is_grad_enabled():
             y = checkpoint(self._mlp, x, use_reentrant=False, preserve_rng_state=False)
         else:

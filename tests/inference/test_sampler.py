@@ -448,9 +448,9 @@ def test_a_sampler_is_kept_over_parts_and_calls(monkeypatch, fixed_shapes):
     """As on GPUs, whose recorded passes it holds: the same samples, and a new one only where the old does not fit."""
     made, begin = [], Sampler.__init__
 
-    def counted(self, model, num_rows, num_places, cache):
+    def counted(self, model, num_rows, num_places, cache, most):
         made.append((num_rows, num_places))
-        begin(self, model, num_rows, num_places, cache=cache, fixed_shapes=fixed_shapes, late=3)
+        begin(self, model, num_rows, num_places, cache=cache, fixed_shapes=fixed_shapes, late=3, most=most)
 
     calls = [(5, 13, 2, {}), (2, 13, None, {"stop_id": 3}), (2, 9, None, {"schedule": "first_hitting"}), (1, 13, None, {}),
              (3, 13, None, {}), (3, 13, None, {"schedule": "first_hitting", "propose": 2})]  # fmt: skip

@@ -405,7 +405,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from esolm_megatron.inference.decoding import draw_triton
-from esolm_megatron.model import attention_triton
+from esolm_megatron.model import attention_triton, sampling_triton
 
 def compiled(kernel, pointers, numbers, constants):
     kinds = dict.fromkeys(kernel.arg_names, "i32") | pointers | numbers | dict.fromkeys(constants, "constexpr")
@@ -423,6 +423,19 @@ compiled(attention_triton._attend, pointers | narrow, numbers, sizes | more | {"
 compiled(attention_triton._merge, {"parts": "*fp32", "lse": "*fp32", "out": "*bf16"}, {}, sizes | {"SPLITS": 16})
 pointers = dict.fromkeys(["raw", "rows", "tokens"], "*i64") | dict.fromkeys(["logits", "sums", "log_probs"], "*fp32")
 compiled(draw_triton._draw, pointers | {"kinds": "*fp64"}, {}, {"BLOCKS": 256, "TILE": 16})
+bf16 = lambda *names: dict.fromkeys(names, "*bf16")
+heads = {"GROUPS": 4, "QUERIES": 2, "HALF": 32, "WIDE": 32, "HEADS": 16, "NORM": True}
+pointers = bf16("y", "cos", "sin", "q_weight", "k_weight", "q", "k")
+compiled(sampling_triton._rotate, pointers, {"eps": "fp32", "token_stride": "i64"}, heads)
+compiled(sampling_triton._rotate, pointers, {"eps": "fp32", "token_stride": "i64"}, heads | {"NORM": False})
+strides = dict.fromkeys(["row_stride", "scales_stride"], "i64")
+places = {"rows": "*i64", "slots": "*i64"}
+sizes = {"HEAD": 64, "WIDE": 64, "GROUPS": 12, "BLOCK": 16}
+compiled(sampling_triton._store, bf16("k", "v", "keys", "values", "scales") | places, strides, sizes | {"INT8": False})
+compiled(sampling_triton._store, bf16("k", "v") | narrow | places, strides, sizes | {"INT8": True})
+for centred in (True, False):
+    pointers = bf16("x", "delta", "weight", "bias", "total", "out")
+    compiled(sampling_triton._add_normalise, pointers, {"eps": "fp32"}, {"BLOCK": 1024, "CENTRED": centred})
 """
 
 

@@ -124,7 +124,7 @@ def draw(logits: Tensor, raw: Tensor, rows: Tensor, kinds: Tensor, held: Tensor 
     logits: (M, V) fp32; written to, with `held`, and restored. raw, rows: (M,) int64. kinds: (R, 4) fp64: temperature, top_p,
     top_k and penalty of each row. held: (M, K) ids that the rows hold; None where no row has a penalty.
     """
-    count, num_ids = logits.shape
+    (count, num_ids), rows, raw = logits.shape, rows.contiguous(), raw.contiguous()  # one text's are expanded
     blocks = triton.cdiv(num_ids, 256)
     sums = torch.empty(count, blocks, dtype=torch.float32, device=logits.device)
     tokens, log_probs = torch.empty_like(raw), torch.empty_like(sums[:, 0])

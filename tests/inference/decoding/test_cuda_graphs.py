@@ -1,6 +1,7 @@
 """Passes of fixed shapes give what passes of their own shapes give; only their recording needs a GPU."""
 
 import copy
+from collections import Counter
 from functools import partial
 
 import numpy as np
@@ -15,11 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from esolm_megatron.inference import SampleRequest, sample
 from esolm_megatron.inference import sampler as sampler_module
 from esolm_megatron.inference.decoding import decoder as decoder_module
+from esolm_megatron.inference.decoding import draw_triton
 from esolm_megatron.inference.decoding.cuda_graphs import RecordedPasses, Size
 from esolm_megatron.inference.decoding.decoder import Decoder
 from esolm_megatron.inference.decoding.draw import fused_draw
 from esolm_megatron.inference.decoding.scheduler import plan_rows
 from esolm_megatron.inference.sampler import Sampler
+from esolm_megatron.model import attention_triton, sampling_triton
 from esolm_megatron.model.cache import KVCache
 
 
@@ -124,20 +127,37 @@ class Host(TorchDispatchMode):
 
     ASKS = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "_unique2")
 
+    FREE = ("view", "_unsafe_view", "expand", "select", "slice", "split", "unbind", "transpose", "permute", "unsqueeze", "t",
+            "squeeze", "detach", "reshape", "chunk",
+            "expand_as", "alias", "as_strided", "empty", "empty_like", "new_empty", "empty_strided")  # fmt: skip
+    """No launch of a GPU."""
+
     def __init__(self):
         super().__init__()
-        self.count, self.asked = 0, []
+        self.count, self.asked, self.launches = 0, [], Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
         self.count += 1
+        if name not in self.FREE and name.removesuffix("_copy") not in self.FREE:
+            self.launches[name] += 1
         masks = [x for x in args[1] if x is not None] if name.startswith("index") and isinstance(args[1], list) else []
         if name in self.ASKS or any(x.dtype == torch.bool for x in masks):
             self.asked.append(name)
         return function(*args, **(kwargs or {}))
 
 
-def counted_pass(options, rows=3, length=24, **shape):
+class Stub:
+    """In place of a Triton kernel: notes that it was launched, and does nothing."""
+
+    def __init__(self, name, seen):
+        self.name, self.seen = name, seen
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.seen.launches.update([self.name])
+
+
+def counted_pass(options, rows=3, length=24, stubbed=None, **shape):
     """Operators of one pass of a sampler through a GPU's branches, and what it asked the host."""
     model = random_model(**MODERN, **shape).bfloat16()
     most = 8 if options.get("propose") == "auto" else options.get("propose", 1)
@@ -149,6 +169,8 @@ def counted_pass(options, rows=3, length=24, **shape):
         recorder, (key, count) = sampler.decoder.recorder, next(iter(sampler.decoder.recorder._ready.items()))
         assert count == 1
         with Host() as seen:
+            if stubbed is not None:
+                stubbed(seen)
             if most > 1:
                 sampler.verified.run(*key[0], key[1])
             else:
@@ -171,14 +193,38 @@ def test_a_pass_asks_the_host_nothing():
     assert seen.asked == ["_local_scalar_dense", "index"], "this would be seen"
 
 
-def test_a_pass_has_few_operators():
-    """By the layer, and whatever the batch: views and allocations among them."""
+def launches_of(monkeypatch, options, **sizes):
+    """What one pass launches, Triton's kernels by their names."""
+    with monkeypatch.context() as patch:
+
+        def stubbed(seen):
+            for module, names in (
+                (attention_triton, ("_attend", "_merge")),
+                (sampling_triton, ("_rotate", "_store", "_add_normalise")),
+                (draw_triton, ("_draw",)),
+            ):
+                for name in names:
+                    patch.setattr(module, name, Stub(name, seen))
+
+        return counted_pass(options, stubbed=stubbed, **sizes).launches
+
+
+@pytest.mark.parametrize("cache", ["full", "int8"])
+def test_a_block_is_few_launches(monkeypatch, cache):
+    """Four products, norm, rotation, the write into the cache, attention, sum with norm, SwiGLU's two, sum."""
     pytest.importorskip("triton")
-    two, three = (counted_pass({"schedule": "uniform", "steps": 12}, num_layers=n).count for n in (2, 3))
-    assert three - two < 100, "the layer, with what the interpreter adds"
-    assert counted_pass({"schedule": "uniform", "steps": 12}, rows=5, num_layers=2).count == two
-    proposed = {"schedule": "first_hitting", "steps": 1, "propose": 3}
-    assert len({counted_pass(proposed, rows=n).count for n in (2, 5)}) == 1
+    options = {"schedule": "uniform", "steps": 12, "cache": cache}
+    two, three = (launches_of(monkeypatch, options, num_layers=n) for n in (2, 3))
+    block = three - two
+    assert block.total() == 12, block
+    assert {"_rotate", "_store", "_attend", "_add_normalise"} <= block.keys()
+    assert (two - block - block).total() < 70, two - block - block
+
+
+def test_a_pass_has_as_many_launches_whatever_the_batch(monkeypatch):
+    pytest.importorskip("triton")
+    for options in ({"schedule": "uniform", "steps": 12}, {"schedule": "first_hitting", "steps": 1, "propose": 3}):
+        assert launches_of(monkeypatch, options, rows=2) == launches_of(monkeypatch, options, rows=5)
 
 
 def test_passes_of_proposals_have_few_sizes():
@@ -196,6 +242,7 @@ def test_passes_of_proposals_have_few_sizes():
         assert ready.total() > 10
 
 
+@pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize(
     "options",
     [
@@ -207,14 +254,14 @@ def test_passes_of_proposals_have_few_sizes():
     ],
     ids=["plain", "penalised and stopped", "proposals", "int8", "int8 and proposals"],
 )
-def test_the_branch_of_a_gpu_draws_the_tokens_of_a_cpu(monkeypatch, options):
+def test_the_branch_of_a_gpu_draws_the_tokens_of_a_cpu(monkeypatch, options, rows):
     """Fixed shapes, both kernels and late reading together, in fp32, from the same words."""
     pytest.importorskip("triton")
     model, fields = random_model(torch.float32, **MODERN), {"alpha_0": 0.7, "seed": 3, **options}
-    theirs = sample(model, 3, 13, **fields)
+    theirs = sample(model, rows, 13, **fields)
     monkeypatch.setattr(sampler_module, "Sampler", partial(Sampler, fixed_shapes=True, late=2))
     with cuda_operators():
-        ours = sample(model, 3, 13, **fields)
+        ours = sample(model, rows, 13, **fields)
     assert torch.equal(ours[0], theirs[0])
     assert torch.equal(ours.saved, theirs.saved)
     torch.testing.assert_close(ours[1], theirs[1], rtol=1e-4, atol=1e-4)
