@@ -92,6 +92,8 @@ class ServeOptions(Placed):
     """int8 keeps keys and values in 8 bits, for more texts at once in the same memory."""
     propose: Propose = 1
     """Tokens that a request may propose at once and verify; memory for them is kept in each row."""
+    places: int | None = Field(None, ge=1)
+    """Memory for so many tokens of all texts together, prompts included; null means rows x length."""
     body: int = Field(1_000_000, ge=1)
     """Bytes of a request; larger ones are refused with status 413."""
 
@@ -103,7 +105,13 @@ def run_serve(args: argparse.Namespace) -> int:
     chosen = options(ServeOptions, args.overrides)
     model = chosen.load(args.path)
     limits = serve.Limits(
-        chosen.rows, chosen.length or model.config.seq_length, chosen.queue, chosen.body, chosen.cache, chosen.propose
+        chosen.rows,
+        chosen.length or model.config.seq_length,
+        chosen.queue,
+        chosen.body,
+        chosen.cache,
+        chosen.propose,
+        chosen.places,
     )
     app = serve.build(model, limits, Path(args.path).resolve().name)
     signal.signal(signal.SIGTERM, lambda *_: None)  # which is raised again after the server has ended

@@ -130,6 +130,8 @@ class Sampler:
     `add` plans while `free` has rows, call `step` until a row is among those done, read its `result`, and `release` it. fed,
     log_probs: (R + 1, L + 1), in the generation order, the last row and place spare. saved: (R,) as in `Samples`. late: passes
     that are begun before the first of them is read. cache: see `SampleRequest`. most: tokens that a row may propose at once.
+    places: memory of the cache, in places of all rows together; a row takes as many as its text has (`takes` says whether
+    there are so many) and gives them back when it is released. By default each row has its own.
     """
 
     def __init__(
@@ -142,6 +144,7 @@ class Sampler:
         late: int | None = None,
         cache: Cache = "full",
         most: int = 1,
+        places: int | None = None,
     ):
         device = model.embedding.weight.device
         self.fed = torch.full((num_rows + 1, num_places + 1), model.shape.mask_id, device=device)
@@ -151,7 +154,7 @@ class Sampler:
         self.kernel = fused_draw(self.log_probs)
         self.mask_id, self.length = model.shape.mask_id, num_places
         fused, int8 = self.kernel is not None, cache == "int8"
-        if most > 1:  # rows keep their places in the cache, which passes of both sorts share
+        if most > 1 or places is not None:  # rows keep their places in the cache, which passes of both sorts share
             fixed_shapes = True
         self.decoder = Decoder(
             model,
@@ -161,6 +164,7 @@ class Sampler:
             record=fused,
             int8=int8,
             more_slots=spare_slots(most),
+            places=places,
         )
         self.verified, self.most = VerifiedPasses(self.decoder, self.log_probs, self.kinds, most), most
         self.plans: dict[int, RowPlan] = {}
@@ -198,6 +202,15 @@ class Sampler:
         passing = row in self.decoder.rows or row in self.verified.rows
         return passing or (self.saved[row] == 0 and any(mine))
 
+    def takes(self, plan: RowPlan) -> bool:
+        """Whether there is a row for it, and memory."""
+        cache = self.decoder.cache
+        return len(self.free) > 0 and cache.pages_for(self._slots_of(plan)) <= len(cache.free)
+
+    def _slots_of(self, plan: RowPlan) -> int:
+        proposed = 0 if plan.proposing is None else plan.proposing.most
+        return len(plan.order) + proposed * self.most  # groups of masks are as wide as those of any row
+
     def add(self, plan: RowPlan) -> int:
         """Take a row in; returns its id."""
         return self.add_all([plan])[0]
@@ -222,6 +235,7 @@ class Sampler:
         self.born[rows] += 1
         for row, plan in zip(rows, plans, strict=True):
             self.plans[row], self.ends[row] = plan, len(plan.order)
+            self.decoder.cache.take(row, self._slots_of(plan))
             count = len(plan.given)
             prompt = plan.given.tobytes(), plan.order[:count].tobytes()
             if plan.proposing is None:
@@ -235,6 +249,7 @@ class Sampler:
         """Let another row have this one's memory; a row that is not done is given up."""
         self._take_out(row)
         del self.plans[row]
+        self.decoder.cache.give(row)
         self.born[row] += 1
         self.free.append(row)
 

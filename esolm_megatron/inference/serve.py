@@ -29,10 +29,12 @@ from starlette.exceptions import HTTPException
 
 from esolm_megatron.config import ConfigError, Section
 from esolm_megatron.inference.decoding.scheduler import RowPlan, plan_rows
+from esolm_megatron.inference.decoding.speculative import spare_slots
 from esolm_megatron.inference.loaded_model import PretrainedEsoLM, parse_infill
 from esolm_megatron.inference.pieces import Transcript
 from esolm_megatron.inference.request import MOST, Cache, Propose, SamplingParams, most_proposed
 from esolm_megatron.inference.sampler import Sampler
+from esolm_megatron.model.cache import PAGE
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Limits:
     """rows: texts at once. length: tokens of a text, prompt included. queue: texts waiting. body: bytes. cache: see `Cache`.
 
     propose: tokens that a request may propose at once, for which memory is kept; "auto" for all up to its most.
+    places: memory for tokens of all texts together; None for rows x length.
     """
 
     rows: int = 16
@@ -48,6 +51,16 @@ class Limits:
     body: int = 1_000_000
     cache: Cache = "full"
     propose: Propose = 1
+    places: int | None = None
+
+    def __post_init__(self) -> None:
+        need = self.length + spare_slots(most_proposed(self.propose))
+        need = -(-need // PAGE) * PAGE
+        if self.places is not None and self.places < need:
+            raise ConfigError(
+                f"places = {self.places}: one text of length = {self.length} with propose = {self.propose} takes {need}, in pages "
+                f"of {PAGE}; set places to at least that, or length to less"
+            )
 
 
 class StreamOptions(Section):
@@ -205,8 +218,10 @@ class Worker:
     def _run(self) -> None:
         with torch.inference_mode():
             try:
-                cache, most = self.limits.cache, most_proposed(self.limits.propose)
-                sampler = Sampler(self.model.model, self.limits.rows, self.limits.length, cache=cache, most=most)
+                limits, most = self.limits, most_proposed(self.limits.propose)
+                sampler = Sampler(
+                    self.model.model, limits.rows, limits.length, cache=limits.cache, most=most, places=limits.places
+                )
                 while self._take_in(sampler):
                     self._step(sampler)
             finally:
@@ -221,7 +236,7 @@ class Worker:
             for row in [row for row, job in self.at_work.items() if job.given_up]:
                 del self.at_work[row]
                 sampler.release(row)
-            while self.waiting and sampler.free:
+            while self.waiting and (self.waiting[0].given_up or sampler.takes(self.waiting[0].plan)):
                 job = self.waiting.popleft()
                 if not job.given_up:
                     self.at_work[sampler.add(job.plan)] = job

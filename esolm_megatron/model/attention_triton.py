@@ -27,11 +27,11 @@ def _product(a, b, EXACT: tl.constexpr):
     return tl.dot(a, b, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["width", "splits"])
+@triton.jit(do_not_specialize=["width", "splits", "pages"])
 def _attend(
-    q, keys, values, scales, rows, seen, out, lse, scales_stride, row_stride, group_stride, slot_stride, width, splits, scale,
-    QUERIES: tl.constexpr, HEAD: tl.constexpr, WIDE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    EXACT: tl.constexpr, INT8: tl.constexpr,
+    q, keys, values, scales, rows, seen, out, lse, scales_stride, row_stride, group_stride, slot_stride, width, splits, pages,
+    scale, QUERIES: tl.constexpr, HEAD: tl.constexpr, WIDE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    EXACT: tl.constexpr, INT8: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(width * QUERIES, BLOCK_Q)
     row, group, share = tl.program_id(0) // blocks, tl.program_id(1), tl.program_id(2)
@@ -45,7 +45,9 @@ def _attend(
     at = head[:, None] * HEAD + d[None]
     held = inside[:, None] & (d < HEAD)[None]
     x = tl.load(q + at, mask=held, other=0.0)
-    base = tl.load(rows + row).to(tl.int64) * row_stride + group * group_stride
+    base = group.to(tl.int64) * group_stride
+    if PAGE == 0:
+        base += tl.load(rows + row).to(tl.int64) * row_stride
     length = tl.max(tl.max(slot, 1), 0) + 1
     each = tl.cdiv(tl.cdiv(length, splits), BLOCK_K) * BLOCK_K
     stop = tl.minimum((share + 1) * each, length)
@@ -54,14 +56,18 @@ def _attend(
     mixed = tl.zeros([BLOCK_Q, WIDE], tl.float32)
     for start in range(share * each, stop, BLOCK_K):
         key = start + tl.arange(0, BLOCK_K)
-        where = base + key[:, None].to(tl.int64) * slot_stride + d[None]
+        here, slot_of = base, key
+        if PAGE > 0:
+            here += tl.load(rows + row * pages + start // PAGE).to(tl.int64) * row_stride
+            slot_of = key % PAGE
+        where = here + slot_of[:, None].to(tl.int64) * slot_stride + d[None]
         there = (key < stop)[:, None] & (d < HEAD)[None]
         k = tl.load(keys + where, mask=there, other=0.0)
         if INT8:  # whole numbers that every type holds; through fp32, for the interpreter
             k = k.to(tl.float32)
         scores = _product(x, tl.trans(k.to(x.dtype)), EXACT) * scale
         if INT8:
-            kept = scales + base // HEAD + key * (slot_stride // HEAD)
+            kept = scales + here // HEAD + slot_of * (slot_stride // HEAD)
             scores *= tl.load(kept, mask=key < stop, other=0.0)[None]
         own = (key[None] <= slot) & ((key[None] < limit) | (key[None] >= first))
         scores = tl.where(own, scores, float("-inf"))
@@ -100,12 +106,14 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, rows: Tensor, seen: Tensor, 
     """What queries find in the cache: (R W, N, D), of R rows with W queries each; 0 where one sees nothing.
 
     q: (R W, N, D), contiguous. keys, values: (rows of the cache, G, slots, D), laid out alike. rows: (R,) int64, each row's
-    one in the cache. seen: (R W, 3) int32, (slot, limit, first): the keys up to `slot`, without those from `limit` on that
-    lie before `first`; slot -1 sees none. All lengths are read on the device. scales: (2, rows of the cache, G, slots) fp32, what
-    keys and values of 8 bits are multiplied by; those of keys lie as they do.
+    one in the cache; or (R, P) its pages there, one behind the other. seen: (R W, 3) int32, (slot, limit, first): the keys up
+    to `slot`, without those from `limit` on that lie before `first`; slot -1 sees none. All lengths are read on the device.
+    scales: (2, rows of the cache, G, slots) fp32, what keys and values of 8 bits are multiplied by; those of keys lie as they do.
     """
     tokens, heads, head_dim = q.shape
-    groups, slots = keys.shape[1:3]
+    groups, page = keys.shape[1:3]
+    pages = rows.shape[1] if rows.dim() == 2 else 0
+    rows, slots = rows.contiguous(), page * max(pages, 1)
     queries, width = heads // groups, tokens // len(rows)
     block = min(max(triton.next_power_of_2(width * queries), 16), 64)
     programs = len(rows) * triton.cdiv(width * queries, block) * groups
@@ -116,9 +124,9 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, rows: Tensor, seen: Tensor, 
     lse = torch.empty(tokens * heads * splits, dtype=torch.float32, device=q.device)
     _attend[(programs // groups, groups, splits)](
         q, keys, values, q if scales is None else scales, rows, seen, parts, lse, 0 if scales is None else scales.stride(0),
-        *keys.stride()[:3], width, splits, head_dim**-0.5 * 1.4426950408889634,
+        *keys.stride()[:3], width, splits, pages, head_dim**-0.5 * 1.4426950408889634,
         QUERIES=queries, HEAD=head_dim, WIDE=wide, BLOCK_Q=block, BLOCK_K=BLOCK_K,
-        EXACT=not isinstance(_attend, triton.JITFunction), INT8=scales is not None, num_warps=4,
+        EXACT=not isinstance(_attend, triton.JITFunction), INT8=scales is not None, PAGE=page if pages else 0, num_warps=4,
     )  # fmt: skip
     if splits > 1:
         _merge[(tokens * heads,)](

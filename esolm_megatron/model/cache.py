@@ -12,6 +12,8 @@ Tokens see all that was cached, and causally what is fed with them. The next ste
 its tokens overwrite the keys of the masks: these are never seen again. Verified decoding also feeds masks that stand
 for one another's places; each group of them has slots of its own, past the tokens, and a limit to the tokens it sees.
 
+Memory may be taken in pages of `PAGE` slots: a row then has as many as its text needs, and gives them back when it has ended.
+
 Keys and values may be kept in 8 bits: each vector as whole numbers from -127 to 127 and one scale, its largest absolute
 value / 127. What is fed sees itself so, too.
 """
@@ -27,6 +29,9 @@ from torch import Tensor
 from esolm_megatron.config import ModelConfig
 from esolm_megatron.model.kernels import cached_attention, sampling_kernels
 
+PAGE = 128
+"""Slots of a page; a multiple of the keys that an attention kernel reads at once."""
+
 
 @dataclass(frozen=True)
 class Queries:
@@ -35,7 +40,7 @@ class Queries:
     padded: (T,) where in the rectangle each is; None where they fill it as they come. bias: (rows, 1, width, horizon),
     minus infinity where a key is not seen; None where all keys below the horizon are. seen: (rows * width, 3) int32, what
     each sees, as a GPU's kernel wants it (model/attention_triton.py); None elsewhere. stored: (rows,) int64, rows of the
-    cache; None for the first ones.
+    cache, or (rows, pages) its pages; None for the first ones.
     """
 
     num_rows: int
@@ -73,7 +78,7 @@ class Queries:
     def fixed(
         cls, stored: Tensor, slots: Tensor, horizon: int, like: Tensor, groups: tuple[Tensor, Tensor] | None = None
     ) -> Queries:
-        """Of rows `stored` (rows,) of the cache and slots (rows, width), -1 for padding. On GPUs nothing is asked of the host.
+        """Of rows `stored`, see above, of the cache and slots (rows, width), -1 for padding. On GPUs nothing is asked of the host.
 
         groups: limit and first, (rows, width) each: a token sees the slots below `limit`, and those from `first` to its own.
         """
@@ -88,7 +93,7 @@ class Queries:
             limit, first = (x[:, None, :, None] for x in groups)
             hidden |= (key >= limit) & (key < first)
         bias = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, float("-inf"))
-        first_ones = torch.equal(stored, torch.arange(num_rows, device=like.device))  # whose keys need no copy
+        first_ones = torch.equal(stored, torch.arange(num_rows))  # whose keys need no copy
         return cls(num_rows, width, horizon, None, bias, None, None if first_ones else stored)
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, scales: Tensor | None = None) -> Tensor:
@@ -100,12 +105,10 @@ class Queries:
         if kernel is not None:
             out = kernel(q.contiguous(), keys, values, self.stored, self.seen, scales)
             return out if self.padded is None else out.index_select(0, self.padded)
-        of_rows = slice(self.num_rows) if self.stored is None else self.stored
-        keys, values = (x[of_rows][:, :, : self.horizon] for x in (keys, values))
+        keys, values = self._of_rows(keys), self._of_rows(values)
         if scales is not None:
             keys, values = (
-                x * y[of_rows][:, :, : self.horizon, None].to(q.dtype)
-                for x, y in zip((keys, values), scales, strict=True)
+                x * self._of_rows(y)[..., None].to(q.dtype) for x, y in zip((keys, values), scales, strict=True)
             )
         queries = heads // groups  # those that share a key are laid side by side, so that no key is repeated
         q = q.view(self.num_rows, self.width, groups, queries, head_dim).permute(0, 2, 3, 1, 4)
@@ -120,13 +123,21 @@ class Queries:
         out = out.reshape(self.num_rows * self.width, heads, head_dim)
         return out if self.padded is None else out.index_select(0, self.padded)
 
+    def _of_rows(self, x: Tensor) -> Tensor:
+        """What the rows see of keys, values or scales (rows or pages, G, slots, ...)."""
+        found = x[slice(self.num_rows) if self.stored is None else self.stored]
+        if self.stored is not None and self.stored.dim() == 2:
+            found = found.transpose(1, 2).flatten(2, 3)
+        return found[:, :, : self.horizon]
+
 
 class KVCache:
     """The `attend` argument of the network in sampling: call `begin_step`, then the network. No gradients.
 
-    keys, values: (layers, rows, groups, slots, D). scales: (2, layers, rows, groups, slots) fp32 of keys and values, if those
-    are of 8 bits. Who calls knows which slots hold what; the cache does not. `last` is
-    the network's argument of that name: the last block mixes and goes on with what the head looks at, and no more.
+    keys, values: (layers, rows, groups, slots, D), or pages in place of rows, the last one for what nobody wants. scales: (2,
+    layers, rows, groups, slots) fp32 of keys and values, if those are of 8 bits. table: (rows, pages), where a row's are; None
+    without. free: pages that no row has. Who calls knows which slots hold what; the cache does not. `last` is the network's
+    argument of that name: the last block mixes and goes on with what the head looks at, and no more.
     """
 
     queries: Queries
@@ -142,9 +153,19 @@ class KVCache:
         *,
         tensor_size: int = 1,
         int8: bool = False,
+        places: int | None = None,
     ):
-        """dtype: of the queries, and of keys and values unless `int8`. tensor_size: processes that share the heads."""
-        shape = (config.num_layers, num_rows, config.kv_heads // tensor_size, num_slots, config.head_dim)
+        """dtype: of the queries, and of keys and values unless `int8`. tensor_size: processes that share the heads.
+
+        places: slots of all rows together, in pages that they `take`; without it each row has its own.
+        """
+        self.num_slots, self.page, lying = num_slots, num_slots, num_rows
+        self.table, self.free, self.held = None, list[int](), dict[int, list[int]]()
+        if places is not None:
+            self.page, self.free = PAGE, list(range(places // PAGE))[::-1]
+            lying = len(self.free) + 1
+            self.table = torch.full((num_rows, -(-num_slots // PAGE)), lying - 1, device=device)
+        shape = (config.num_layers, lying, config.kv_heads // tensor_size, self.page, config.head_dim)
         kept = torch.int8 if int8 else dtype
         self.keys = torch.zeros(shape, dtype=kept, device=device)  # zeros, because 0 * NaN of unwritten memory is NaN
         self.values = torch.zeros_like(self.keys)
@@ -178,9 +199,11 @@ class KVCache:
         (R, M) indices among these tokens. groups: (R, W) each, see `Queries.fixed`. horizon: more than any slot that is seen, where
         the host knows it.
         """
-        own = torch.where(inside, slots, -1)
-        self.rows, self.slots = rows[:, None].expand_as(slots).reshape(-1), slots.reshape(-1)
-        at, horizon = looked_at.reshape(-1), self.keys.shape[3] if horizon is None else horizon
+        own, lying = torch.where(inside, slots, -1), rows[:, None].expand_as(slots)
+        if self.table is not None:
+            lying, slots, rows = self.table[lying, slots // self.page], slots % self.page, self.table[rows]
+        self.rows, self.slots = lying.reshape(-1), slots.reshape(-1)
+        at, horizon = looked_at.reshape(-1), self.num_slots if horizon is None else horizon
         self.queries = Queries.fixed(rows, own, horizon, self.like, groups)
         own, *seen = (x.view(-1)[at].view(looked_at.shape) for x in (own, *(groups or ())))
         some = (seen[0], seen[1]) if seen else None
@@ -191,10 +214,36 @@ class KVCache:
         """The network's argument for this pass; not kept here, as it holds the cache, whose memory must go with its owner."""
         return LastQueries(self, *self.looked_at)
 
+    def pages_for(self, num_slots: int) -> int:
+        """Pages that a row of so many slots needs."""
+        return 0 if self.table is None else -(-num_slots // PAGE)
+
+    def take(self, row: int, num_slots: int) -> None:
+        """Give a row its memory, of which `free` has enough; without pages it has it."""
+        if self.table is not None:
+            self.held[row] = [self.free.pop() for _ in range(self.pages_for(num_slots))]
+            self._tell(row)
+
+    def give(self, row: int) -> None:
+        """Let others have a row's memory."""
+        if self.table is not None:
+            self.free += self.held.pop(row)[::-1]
+            self._tell(row)  # what fills up a pass may still name the row
+
+    def _tell(self, row: int) -> None:
+        assert self.table is not None
+        held = self.held.get(row, [])
+        spare = [self.keys.shape[1] - 1] * (self.table.shape[1] - len(held))
+        self.table[row] = torch.tensor(held + spare).to(self.table)
+
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` slots of one row over those of another."""
         for x in (self.keys, self.values, *(() if self.scales is None else self.scales)):
-            x[:, target, :, :length] = x[:, source, :, :length]
+            if self.table is None:
+                x[:, target, :, :length] = x[:, source, :, :length]
+            else:
+                count = self.pages_for(length)
+                x[:, self.held[target][:count]] = x[:, self.held[source][:count]]
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keep k and v (T, G, D) of what is fed; keys, values (rows, G, slots, D) and scales of all rows."""

@@ -17,6 +17,7 @@ import uvicorn
 from parity import random_model
 
 from esolm_megatron import load_pretrained
+from esolm_megatron.config import ConfigError
 from esolm_megatron.data.tokenizer import load_tokenizer
 from esolm_megatron.inference import serve
 from esolm_megatron.inference.serve import Limits, build
@@ -313,6 +314,26 @@ def test_rows_are_shared_between_requests(slow):
         brake.may_go.set()
         assert [len(x.result()["choices"]) for x in answers] == [1, 1, 1]
     assert 42 <= running.worker.passes <= 45
+
+
+def test_texts_wait_for_memory_where_rows_share_it(model, monkeypatch):
+    """Three rows, and memory for two texts: what one gives back, the next one takes."""
+    busy, step = [], serve.Worker._step
+    monkeypatch.setattr(
+        serve.Worker, "_step", lambda self, sampler: (busy.append(len(self.at_work)), step(self, sampler))
+    )
+    running = Running(model, replace(LIMITS, places=2 * serve.PAGE, propose=1))
+    try:
+        body = {"prompt": "ab", "max_tokens": 20, "seed": 4, "n": 5}
+        answer = ask(running, **body)
+        assert [c["tokens"] for c in answer["choices"]] == expected(model, **body)[0].tolist()
+        assert max(busy) == 2
+    finally:
+        running.stop()
+    with pytest.raises(
+        ConfigError, match=r"places = 100: one text of length = 64 with propose = auto takes 128, in pages of 128"
+    ):
+        replace(LIMITS, places=100)
 
 
 def test_a_client_that_leaves_gives_its_rows_back(slow):

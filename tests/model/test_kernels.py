@@ -400,6 +400,36 @@ def test_rows_of_the_cache_attend_as_dense_arithmetic_says(
     )
 
 
+@pytest.mark.parametrize("int8", [False, True])
+def test_pages_hold_what_rows_hold(int8):
+    """The same blocks of keys in the same order, wherever they lie: to the last bit."""
+    attention_triton = pytest.importorskip("esolm_megatron.model.attention_triton")
+    generator = torch.Generator().manual_seed(2)
+    keys, values = (torch.randn(3, 2, 256, 16, generator=generator) for _ in range(2))
+    scales = None
+    if int8:
+        keys, values = ((x * 40).round().to(torch.int8) for x in (keys, values))
+        scales = torch.rand(2, 3, 2, 256, generator=generator)
+    q = torch.randn(3 * 5, 4, 16, generator=generator)
+    seen = torch.tensor(
+        [[200 + i, 150, 190] for i in range(5)] + [[i, 0, 0] for i in range(5)] + [[-1, 0, 0]] * 5
+    ).int()
+    table = torch.randperm(9, generator=generator)[:6].view(3, 2)
+
+    def in_pages(x):
+        pages = x.new_zeros(9, *x.shape[1:2], 128, *x.shape[3:])
+        for row in range(3):
+            for page in range(2):
+                pages[table[row, page]] = x[row, :, 128 * page : 128 * (page + 1)]
+        return pages
+
+    whole = attention_triton.attend(q, keys, values, torch.arange(3), seen, scales)
+    apart = None if scales is None else torch.stack([in_pages(x) for x in scales])
+    found = attention_triton.attend(q, in_pages(keys), in_pages(values), table, seen, apart)
+    assert whole[:10].any(-1).all()
+    assert torch.equal(found, whole)
+
+
 COMPILED = """
 import triton
 from triton.backends.compiler import GPUTarget
@@ -415,11 +445,12 @@ def compiled(kernel, pointers, numbers, constants):
 sizes = {"HEAD": 64, "WIDE": 64}
 pointers = dict.fromkeys(["q", "keys", "values", "scales"], "*bf16")
 pointers |= {"rows": "*i64", "seen": "*i32", "out": "*fp32", "lse": "*fp32"}
-more = {"QUERIES": 2, "BLOCK_Q": 16, "BLOCK_K": 64, "EXACT": False, "INT8": False}
+more = {"QUERIES": 2, "BLOCK_Q": 16, "BLOCK_K": 64, "EXACT": False, "INT8": False, "PAGE": 0}
 numbers = {"row_stride": "i64", "scales_stride": "i64", "scale": "fp32"}
 compiled(attention_triton._attend, pointers, numbers, sizes | more)
 narrow = {"keys": "*i8", "values": "*i8", "scales": "*fp32"}
 compiled(attention_triton._attend, pointers | narrow, numbers, sizes | more | {"INT8": True})
+compiled(attention_triton._attend, pointers | narrow, numbers, sizes | more | {"INT8": True, "PAGE": 128})
 compiled(attention_triton._merge, {"parts": "*fp32", "lse": "*fp32", "out": "*bf16"}, {}, sizes | {"SPLITS": 16})
 pointers = dict.fromkeys(["raw", "rows", "tokens"], "*i64") | dict.fromkeys(["logits", "sums", "log_probs"], "*fp32")
 compiled(draw_triton._draw, pointers | {"kinds": "*fp64"}, {}, {"BLOCKS": 256, "TILE": 16})

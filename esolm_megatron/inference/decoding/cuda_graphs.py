@@ -166,7 +166,7 @@ class RecordedPasses:
         mask = known + torch.arange(size.masks, device=device)
         corner = torch.arange(0, size.rows * size.width, size.width, device=device)[:, None]
         looked_at = corner + (mask - begin).clamp_(0, size.width - 1)
-        self.cache.begin_fixed(row.clamp(max=self.cache.keys.shape[1] - 1), place, inside, looked_at)
+        self.cache.begin_fixed(row.clamp(max=len(self.stored) - 2), place, inside, looked_at)
         ids = self.fed[row[:, None], place]
         if not self.ahead:
             ids = torch.where(slot < known, ids, self.model.shape.mask_id)

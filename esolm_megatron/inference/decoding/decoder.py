@@ -38,7 +38,7 @@ class Decoder:
     (R,) places that hold tokens, from the first on; cached: (R,) those whose keys are kept. passes: how many there were.
     fixed_shapes: run passes at a few shapes, of numbers on the device (inference/decoding/cuda_graphs.py); on GPUs by
     default. record: such passes may be recorded, as `choose` asks nothing of the host. int8: keep keys and values in 8 bits.
-    more_slots: of each row of the cache, beside its places.
+    more_slots: of each row of the cache, beside its places. places: of all rows of the cache, which then has pages.
     """
 
     def __init__(
@@ -51,9 +51,11 @@ class Decoder:
         record: bool = False,
         int8: bool = False,
         more_slots: int = 0,
+        places: int | None = None,
     ):
         num_rows, length = (n - 1 for n in fed.shape)
         self.model, self.fed, self.order, self.int8, self.more_slots = model, fed, order, int8, more_slots
+        self.places = places
         self.fixed_shapes = fed.is_cuda if fixed_shapes is None else fixed_shapes
         self.recorder = Recorder(record and fed.is_cuda)
         self.products = FastProducts(model)
@@ -68,7 +70,16 @@ class Decoder:
         num_rows, length = (n - 1 for n in self.fed.shape)
         dtype, size = self.model.embedding.weight.dtype, self.model.linears.tensor_size
         slots = length + 1 + self.more_slots
-        return KVCache(self.model.shape, num_rows, slots, dtype, self.fed.device, tensor_size=size, int8=self.int8)
+        return KVCache(
+            self.model.shape,
+            num_rows,
+            slots,
+            dtype,
+            self.fed.device,
+            tensor_size=size,
+            int8=self.int8,
+            places=self.places,
+        )
 
     @cached_property
     def recorded(self) -> RecordedPasses:

@@ -174,7 +174,7 @@ class VerifiedPasses:
         there = torch.cat([own < known + count, inside.flatten(1)], 1) & (known < end)
         place = torch.where(there, torch.cat([own, place.flatten(1)], 1), length)
         limit, first = (torch.cat([own * 0, x[:, :, None].expand(-1, -1, masks).flatten(1)], 1) for x in (after, start))
-        spare = decoder.cache.keys.shape[3] - 1
+        spare = decoder.cache.num_slots - 1
         seen = torch.where(there, limit, 0), torch.where(there, first, 0)
         corner = torch.arange(0, slot.numel(), slot.shape[1], device=device)[:, None]
         looked_at = corner + torch.arange(groups, slot.shape[1], device=device)

@@ -23,6 +23,7 @@ from esolm_megatron.inference.decoding.draw import fused_draw
 from esolm_megatron.inference.decoding.scheduler import plan_rows
 from esolm_megatron.inference.sampler import Sampler
 from esolm_megatron.model import attention_triton, sampling_triton
+from esolm_megatron.model import cache as cache_module
 from esolm_megatron.model.cache import KVCache
 
 
@@ -274,6 +275,25 @@ def test_a_large_batch_has_few_sizes():
     sizes = {Size.around(512, a + b, b, 512) for a, b in zip([0, *ks], ks, strict=False)}
     assert len(ks) > 100
     assert len(sizes) <= 20
+
+
+@pytest.mark.parametrize("more", [{}, {"cache": "int8"}, {"schedule": "first_hitting", "propose": 4}])
+def test_pages_change_no_token(monkeypatch, more):
+    """Through a GPU's branches, kernels included, and dense: texts of several pages, and prompts that rows share."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(cache_module, "PAGE", 64)
+    model = random_model(torch.float32, **MODERN)
+    fields = {"alpha_0": 0.9, "seed": 3, "schedule": "uniform", "steps": 3, "prompt": torch.arange(100) % 20, **more}
+    fields["order"] = "left_to_right" if "propose" in more else "random"
+    length = 104 if "propose" in more else 140
+    theirs = sample(model, 2, length, **fields)
+    monkeypatch.setattr(sampler_module, "Sampler", partial(Sampler, fixed_shapes=True, late=2, places=64 * 8))
+    dense = sample(model, 2, length, **fields)
+    with cuda_operators():
+        ours = sample(model, 2, length, **fields)
+    for found in (dense, ours):
+        assert torch.equal(found[0], theirs[0])
+        torch.testing.assert_close(found[1], theirs[1], rtol=1e-4, atol=1e-4)
 
 
 def test_a_pass_in_bf16_through_cudas_operators():

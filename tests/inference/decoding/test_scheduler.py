@@ -12,6 +12,7 @@ from esolm_megatron.inference.decoding.decoder import Decoder
 from esolm_megatron.inference.decoding.draw import Draw, draw_tokens, penalise, probabilities
 from esolm_megatron.inference.decoding.scheduler import plan_rows
 from esolm_megatron.inference.sampler import schedule_log_probs
+from esolm_megatron.model import cache
 from esolm_megatron.objective.likelihood import log_likelihood
 from esolm_megatron.objective.noise import words
 
@@ -111,11 +112,14 @@ PROPOSED = {f"proposed-{n}": {"schedule": "first_hitting", "propose": 3, "passes
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"late": 3}, {"fixed_shapes": True, "late": 3}], ids=["now", "late", "fixed, late"]
+    "options",
+    [{}, {"late": 3}, {"fixed_shapes": True, "late": 3}, {"places": 100}, {"places": 90, "late": 3}],
+    ids=["now", "late", "fixed, late", "pages", "pages, late"],
 )
-def test_rows_come_and_go(options):
+def test_rows_come_and_go(monkeypatch, options):
     """Plans that enter when others leave give what they give alone, whatever memory they are put in, and when they are read."""
-    model = random_model()
+    monkeypatch.setattr(cache, "PAGE", 4)
+    model, short = random_model(), 0
     kinds = list(KINDS.values())[:5]
     proposed = {5: PROPOSED["proposed-1"], 6: PROPOSED["proposed-2"], 8: {**PROPOSED["proposed-1"], "propose": "auto"}}
     plans = [
@@ -129,7 +133,8 @@ def test_rows_come_and_go(options):
     told, saved = {i: {} for i in range(9)}, {}
     with torch.inference_mode():
         while waiting or sampler.busy:
-            while waiting and sampler.free:
+            short += bool(waiting and sampler.free and not sampler.takes(plans[waiting[0]]))
+            while waiting and sampler.takes(plans[waiting[0]]):
                 plan = waiting.pop(0)
                 at[sampler.add(plans[plan])] = plan
             filled = sampler.step()
@@ -140,6 +145,10 @@ def test_rows_come_and_go(options):
                 made[at[row]], saved[at[row]] = sampler.result(row), int(sampler.saved[row])
                 sampler.release(row)
         assert len(sampler.free) == 3
+        pages = sampler.decoder.cache.free
+        assert (short > 0) == ("places" in options), "memory, not rows, is what some wait for"
+        assert sorted(pages) == list(range(options.get("places", 0) // 4))
+        assert sampler.decoder.cache.table is None or (sampler.decoder.cache.table == len(pages)).all()
         assert any(saved.values()), "the test needs a row that is stopped"
         assert not sampler.plans
         for i, plan in enumerate(plans):
@@ -152,6 +161,28 @@ def test_rows_come_and_go(options):
             assert saved[i] == alone.saved[0]
             assert len(told[i]) == len(plan.order) - saved[i]
             assert all(made[i][0][position] == token for position, token in told[i].items())
+
+
+def test_rows_that_propose_little_have_room_beside_those_that_propose_much(monkeypatch):
+    """Groups of masks are as wide as those of the row that proposes most, also where a text ends."""
+    monkeypatch.setattr(cache, "PAGE", 4)
+    model, results = random_model(), {}
+    plans = [
+        planned(1, 12, mask_id=22, first_row=i, alpha_0=1.0, steps=1, **PROPOSED["proposed-1"] | {"propose": k})[0]
+        for i, k in enumerate((2, 2, 2, "auto"))
+    ]
+    with torch.inference_mode():
+        for together in ([0, 1, 2, 3], [0], [1], [2]):
+            sampler = Sampler(model, 4, 12, most=8, places=400, late=3)
+            rows = sampler.add_all([plans[i] for i in together])
+            while sampler.busy:
+                sampler.step()
+            for i, row in zip(together, rows, strict=True):
+                results.setdefault(i, []).append(sampler.result(row))
+    for i in (0, 1, 2):
+        (tokens, log_probs), (alone, theirs) = results[i]
+        assert torch.equal(tokens, alone)
+        close(log_probs, theirs)
 
 
 # ------------------------------------------------------------------------------------------------------- early stops
