@@ -9,7 +9,7 @@ from esolm_megatron.inference import PretrainedEsoLM, SampleRequest, sample
 from esolm_megatron.inference.decoding.cuda_graphs import RECORD_AT
 from esolm_megatron.inference.decoding.decoder import Decoder
 from esolm_megatron.inference.decoding.scheduler import plan_rows
-from esolm_megatron.inference.sampler import schedule_log_probs
+from esolm_megatron.inference.sampler import Sampler, schedule_log_probs
 from esolm_megatron.model import flash, kernels
 from esolm_megatron.model.attention import PackedAttention, PackedLayout, mask_stream_attention
 from esolm_megatron.model.layers import PlainLinears
@@ -146,11 +146,45 @@ def test_a_gpus_samples_are_those_of_a_cpu():
     there = EsoLM(config.model, PlainLinears(torch.float32, "cuda"))
     here = plain_model(config).float()
     there.load_state_dict(here.state_dict())
-    for options in ({}, {"top_p": 0.8, "top_k": 20, "repetition_penalty": 1.2, "own_schedules": True}):
-        ours, theirs = (sample(x, 16, 64, alpha_0=0.7, steps=8, seed=2, **options) for x in (there, here))
+    hitting = {"schedule": "first_hitting", "propose": 4}
+    for batch, options in (
+        (16, {}),
+        (1, {}),
+        (16, {"top_p": 0.8, "top_k": 20, "repetition_penalty": 1.2, "own_schedules": True}),
+        (16, hitting),
+        (1, hitting | {"passes": 2, "top_p": 0.9}),
+        (8, hitting | {"propose": "auto", "prompt": torch.arange(40) % 7}),
+    ):
+        ours, theirs = (
+            PretrainedEsoLM(x, 0.7).sample(16, 64, 8, seed=2, batch_size=batch, **options) for x in (there, here)
+        )
         same = (ours[0].cpu() == theirs[0]).all(1)
-        assert same.float().mean() > 0.8
+        assert same.float().mean() > 0.8, (batch, options)
         torch.testing.assert_close(ours[1].cpu()[same], theirs[1][same], rtol=1e-3, atol=1e-3)
+        assert ours.recorded[0] > 0, (batch, options)
+
+
+def test_rows_share_memory_in_pages():
+    """Texts of several pages, more than there is memory for at once."""
+    config = make_config(WIDE)
+    model = EsoLM(config.model, PlainLinears(torch.float32, "cuda"))
+    model.load_state_dict(plain_model(config).state_dict())
+    fields = {"alpha_0": 0.9, "steps": 12, "seed": 6, "prompt": torch.arange(50) % 9}
+    plans = plan_rows(SampleRequest(6, 300, **fields), model.shape.mask_id)
+    whole, made, waiting = sample(model, 6, 300, **fields), {}, list(range(6))
+    sampler, at = Sampler(model, 4, 300, places=3 * 384), {}
+    with torch.inference_mode():
+        while waiting or sampler.busy:
+            while waiting and sampler.takes(plans[waiting[0]]):
+                number = waiting.pop(0)
+                at[sampler.add(plans[number])] = number
+            assert len(sampler.plans) <= 3
+            filled = sampler.step()
+            for row in filled.done if filled else ():
+                made[at[row]] = sampler.result(row)[0]
+                sampler.release(row)
+    same = torch.stack([(made[i] == whole[0][i]).all() for i in range(6)])
+    assert same.float().mean() > 0.8
 
 
 def test_what_was_recorded_is_kept_for_the_next_call():
