@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from esolm_megatron.config import ModelConfig
 from esolm_megatron.model.between import EAGER, Between
-from esolm_megatron.model.kernels import wide_product
+from esolm_megatron.model.kernels import GPU_DEVICES, on_gpu, wide_product
 from esolm_megatron.model.loss import predicted_losses
 from esolm_megatron.model.products import matmul
 from esolm_megatron.topology import padded_vocab
@@ -162,7 +162,8 @@ class PlainLinears:
 
     def vocab_embedding(self, vocab_size: int, hidden_size: int) -> nn.Module:
         """nn.Embedding."""
-        layer = nn.utils.skip_init(nn.Embedding, self.vocab_rows(vocab_size), hidden_size, **self.options)
+        rows = self.vocab_rows(vocab_size)
+        layer = nn.Embedding(rows, hidden_size, _weight=self.empty(rows, hidden_size))
         mark(layer.weight, Split(0, whole_size=vocab_size))
         return layer
 
@@ -177,8 +178,19 @@ class PlainLinears:
         return x
 
     def empty(self, *shape: int) -> nn.Parameter:
-        """An uninitialised parameter."""
+        """An uninitialised parameter; a matrix for a GPU with rows of zeros behind it in memory, see `with_spare_rows`."""
+        if len(shape) == 2 and torch.device(self.options["device"]).type in GPU_DEVICES:
+            return nn.Parameter(torch.zeros(padded_vocab(shape[0], 1), shape[1], **self.options)[: shape[0]])
         return nn.Parameter(torch.empty(*shape, **self.options))
+
+
+def with_spare_rows(matrix: Tensor) -> Tensor:
+    """The matrix with the rows that lie behind it in its memory: products of an odd number of columns are slow on GPUs."""
+    rows = padded_vocab(len(matrix), 1)
+    alone = matrix.untyped_storage().nbytes() == rows * matrix.shape[1] * matrix.element_size()
+    if not (alone and matrix.is_contiguous() and matrix.storage_offset() == 0):
+        return matrix
+    return matrix.as_strided((rows, matrix.shape[1]), matrix.stride())
 
 
 class Norm(nn.Module):
@@ -276,8 +288,13 @@ class VocabHead(nn.Module):
                 num_ids=num_ids,
                 over_ranks=self.linears.over_ranks,
             )
+        whole = len(matrix)
+        if on_gpu(matrix) and not torch.is_grad_enabled():
+            matrix = with_spare_rows(matrix)
         low = x.dtype in (torch.bfloat16, torch.float16)
         logits = _Fp32Logits.apply(x, matrix) if low else matmul(x, matrix).contiguous()
+        if logits.shape[1] > whole:
+            logits = logits[:, :whole]
         if self.bias is not None:
             logits = logits + self.bias.to(logits.dtype)
         logits[:, num_ids:] = float("-inf")  # in place: nothing saved for backward is changed

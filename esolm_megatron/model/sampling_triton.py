@@ -63,7 +63,7 @@ def rotated(
     groups, queries, width = sizes
     tokens, count = len(y), groups * (queries + 1)
     q, k = (torch.empty(tokens, heads, width, dtype=y.dtype, device=y.device) for heads in (groups * queries, groups))
-    each = min(triton.next_power_of_2(count), max(1, 4096 // width))
+    each = min(triton.next_power_of_2(count), max(1, 4096 // triton.next_power_of_2(width)))
     q_weight, k_weight = (y, y) if norms is None else norms
     _rotate[(tokens, triton.cdiv(count, each))](
         y, *rope, q_weight, k_weight, q, k, eps, y.stride(0), GROUPS=groups, QUERIES=queries, HALF=width // 2,

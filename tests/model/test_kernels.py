@@ -16,10 +16,12 @@ from ranks import run_ranks
 from torch._subclasses.fake_tensor import FakeTensorMode
 from truth import MODERN, REFERENCE, make_config, share_of_step
 
-from esolm_megatron.model import flash, kernels
+from esolm_megatron.model import flash, kernels, layers
 from esolm_megatron.model.attention import DocumentRuns, PackedAttention, PackedLayout
 from esolm_megatron.model.kernels import Call, Chosen, Cudnn, FlashPackage, Mode, Runs, TorchFlash
+from esolm_megatron.model.layers import PlainLinears
 from esolm_megatron.model.size import run_capacity
+from esolm_megatron.model.transformer import EsoLM, initialise
 from esolm_megatron.objective.esolm import micro_batch_layout
 
 CPU = torch.device("cpu")
@@ -428,6 +430,32 @@ def test_pages_hold_what_rows_hold(int8):
     found = attention_triton.attend(q, in_pages(keys), in_pages(values), table, seen, apart)
     assert whole[:10].any(-1).all()
     assert torch.equal(found, whole)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_multiplies_rows_that_a_gpu_likes(on_gpu, monkeypatch, tied):
+    """In a pass: logits of a vocabulary of odd size by a product of a multiple of 128 columns; weights have no more rows."""
+    shape = MODERN | {"vocab_size": 301, "tied_embeddings": tied}
+    config, sizes, product = make_config(shape).model, [], layers.wide_product
+    monkeypatch.setattr(
+        layers, "wide_product", lambda x, matrix: (sizes.append(matrix.shape[1]), product(x, matrix))[1]
+    )
+    model = EsoLM(config, PlainLinears(torch.bfloat16))
+    initialise(model, 3)
+    hidden = torch.randn(5, config.hidden_size, generator=torch.Generator().manual_seed(1)).bfloat16()
+    matrix = model.embedding.weight if tied else model.head.weight
+    assert matrix.shape == (301, config.hidden_size)
+    with torch.no_grad():
+        logits = model.logits(hidden)
+    narrow = model.logits(hidden)
+    assert sizes == [384, 301], "what may have a gradient has no spare rows"
+    assert logits.shape == narrow.shape == (5, 301)
+    assert torch.equal(logits[:, :300], hidden.float() @ matrix[:300].float().T)
+    assert logits[:, 300:].isneginf().all()
+    torch.testing.assert_close(narrow, logits)
+    flat = torch.zeros(640, config.hidden_size)  # as optimizers lay weights out
+    assert len(layers.with_spare_rows(flat[:301])) == 301
+    assert len(layers.with_spare_rows(matrix.detach().clone())) == 301
 
 
 COMPILED = """

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from esolm_megatron.model import sampling_triton as kernels
 
 CPU = torch.device("cpu")
-SIZES = [(12, 1, 64), (3, 2, 16), (2, 4, 24), (1, 7, 128), (80, 1, 64)]
+SIZES = [(12, 1, 64), (3, 2, 16), (2, 4, 24), (1, 7, 128), (80, 1, 64), (30, 1, 96)]
 """Key-value heads, queries of each, channels."""
 
 
