@@ -202,7 +202,7 @@ class KVCache:
         own, lying = torch.where(inside, slots, -1), rows[:, None].expand_as(slots)
         if self.table is not None:
             lying, slots, rows = self.table[lying, slots // self.page], slots % self.page, self.table[rows]
-        self.rows, self.slots = lying.reshape(-1), slots.reshape(-1)
+        self.rows, self.slots = lying.reshape(-1).contiguous(), slots.reshape(-1)  # one row's is expanded
         at, horizon = looked_at.reshape(-1), self.num_slots if horizon is None else horizon
         self.queries = Queries.fixed(rows, own, horizon, self.like, groups)
         own, *seen = (x.view(-1)[at].view(looked_at.shape) for x in (own, *(groups or ())))

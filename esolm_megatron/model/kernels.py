@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -53,15 +52,23 @@ def cached_attention(like: Tensor) -> Callable[..., Tensor] | None:
     return attend
 
 
-def sampling_kernels(like: Tensor) -> ModuleType | None:
+class PassKernels(NamedTuple):
+    """See model/sampling_triton.py, where they have these names."""
+
+    rotated: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    store: Callable[..., None]
+    added: Callable[..., tuple[Tensor, Tensor]]
+
+
+def sampling_kernels(like: Tensor) -> PassKernels | None:
     """Small work of a pass without gradients, in few launches: model/sampling_triton.py. None: torch."""
     if not on_gpu(like) or like.dtype == torch.float64 or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     try:
-        from esolm_megatron.model import sampling_triton
+        from esolm_megatron.model.sampling_triton import added, rotated, store
     except ImportError:
         return None
-    return sampling_triton
+    return PassKernels(rotated, store, added)
 
 
 def int8_rows(x: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:

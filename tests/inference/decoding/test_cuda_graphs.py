@@ -160,7 +160,7 @@ class Stub:
 
 def counted_pass(options, rows=3, length=24, stubbed=None, **shape):
     """Operators of one pass of a sampler through a GPU's branches, and what it asked the host."""
-    model = random_model(**MODERN, **shape).bfloat16()
+    model = random_model(**MODERN | shape).bfloat16()
     most = 8 if options.get("propose") == "auto" else options.get("propose", 1)
     sampler = Sampler(model, rows, length, fixed_shapes=True, late=2, cache=options.get("cache", "full"), most=most)
     sampler.add_all(plan_rows(SampleRequest(rows, length, alpha_0=1.0, **options), model.shape.mask_id))
