@@ -62,7 +62,7 @@ class PassKernels(NamedTuple):
 
 def sampling_kernels(like: Tensor) -> PassKernels | None:
     """Small work of a pass without gradients, in few launches: model/sampling_triton.py. None: torch."""
-    if not on_gpu(like) or like.dtype == torch.float64 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not on_gpu(like) or like.dtype == torch.float64:
         return None
     try:
         from esolm_megatron.model.sampling_triton import added, rotated, store

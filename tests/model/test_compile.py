@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from cuda_rules import cuda_operators
 from truth import MODERN, REFERENCE, make_config, plain_model, share_of_step
 
 from esolm_megatron.config import ConfigError
 from esolm_megatron.model import between
+from esolm_megatron.model.rotary import rotary_tables
+from esolm_megatron.model.transformer import NO_DROPOUT
 from esolm_megatron.objective.esolm import mean_loss, part_sums, token_counts
 
 
@@ -95,3 +98,25 @@ def test_what_does_not_go_with_cuda_graphs_is_refused(other, named):
     with pytest.raises(ConfigError, match=f"train.cuda_graphs = true: .*{named}"):
         make_config(**{**other, "train": {**train, **other.get("train", {}), "cuda_graphs": True}})
     make_config(train={**train, "cuda_graphs": True})
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_gpus_kernels_of_passes_stay_out_of_compiled_blocks(apart):
+    """Traced through a GPU's branches, with gradients and without: a compiler fuses torch's operators, not calls of Triton."""
+    torch._dynamo.reset()
+    between._compiled.cache_clear()
+    model = plain_model(make_config(MODERN)).float()
+    x, rope = torch.randn(5, 1, 48), rotary_tables(torch.arange(5), 8, 10000.0, torch.float32)
+    mixed = torch.randn(5, 6, 8)
+
+    def results():
+        block = model.layers["0"]
+        return [*block._before(x, rope), block._after(x, mixed, NO_DROPOUT)]
+
+    plain = results()
+    with cuda_operators():
+        model.compile_blocks(backend="eager", apart=apart)
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                for ours, theirs in zip(results(), plain, strict=True):
+                    torch.testing.assert_close(ours, theirs)
