@@ -119,8 +119,6 @@ def as_on_a_gpu(*, frees_outputs: bool) -> None:
     """Libraries get the settings that they have there, where an engine on CPUs has others; it must not be loaded before
     collectives are noted. frees_outputs: `parallel.deallocate_pipeline_outputs`, which gloo does not bear.
     """
-    import deepspeed.runtime.zero.utils as zero_utils
-
     from esolm_megatron.parallel import engine, zero
 
     megatron, deepspeed = engine.megatron_config, zero.deepspeed_config
@@ -136,4 +134,5 @@ def as_on_a_gpu(*, frees_outputs: bool) -> None:
         return settings
 
     engine.megatron_config, zero.deepspeed_config = frees, overlaps
-    zero_utils.get_lst_from_rank0 = lambda numbers: numbers  # which a fake broadcast would not keep
+    # which a fake broadcast would not keep
+    zero.deepspeed.runtime.zero.utils.get_lst_from_rank0 = lambda numbers: numbers
