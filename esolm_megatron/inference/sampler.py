@@ -216,7 +216,14 @@ class Sampler:
         return self.add_all([plan])[0]
 
     def add_all(self, plans: Sequence[RowPlan]) -> list[int]:
-        """Take rows in at once; returns their ids."""
+        """Take rows in at once; returns their ids.
+
+        Raises:
+            ValueError: a row proposes more tokens at once than this sampler has room for.
+        """
+        proposed = max((plan.proposing.most for plan in plans if plan.proposing is not None), default=1)
+        if proposed > self.most:
+            raise ValueError(f"propose = {proposed}: this sampler was made with most = {self.most}; make it with more")
         rows = [self.free.pop() for _ in plans]
         fed = np.full((len(rows), self.length + 1), self.mask_id)
         order, raw = np.zeros_like(fed), np.zeros_like(fed)

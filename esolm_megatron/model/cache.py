@@ -78,7 +78,7 @@ class Queries:
     def fixed(
         cls, stored: Tensor, slots: Tensor, horizon: int, like: Tensor, groups: tuple[Tensor, Tensor] | None = None
     ) -> Queries:
-        """Of rows `stored`, see above, of the cache and slots (rows, width), -1 for padding. On GPUs nothing is asked of the host.
+        """Of rows `stored`, see above, of the cache and slots (rows, width), -1 for padding; nothing is asked of a GPU.
 
         groups: limit and first, (rows, width) each: a token sees the slots below `limit`, and those from `first` to its own.
         """
@@ -93,7 +93,8 @@ class Queries:
             limit, first = (x[:, None, :, None] for x in groups)
             hidden |= (key >= limit) & (key < first)
         bias = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, float("-inf"))
-        first_ones = torch.equal(stored, torch.arange(num_rows))  # whose keys need no copy
+        here = stored.device.type == "cpu"  # there it costs nothing to ask
+        first_ones = here and torch.equal(stored, torch.arange(num_rows))  # whose keys need no copy
         return cls(num_rows, width, horizon, None, bias, None, None if first_ones else stored)
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, scales: Tensor | None = None) -> Tensor:

@@ -31,6 +31,7 @@ from esolm_megatron.inference.decoding.cuda_graphs import LOGITS_AT_ONCE, Size, 
 from esolm_megatron.inference.decoding.decoder import Decoder
 from esolm_megatron.inference.decoding.draw import pick, probabilities
 from esolm_megatron.inference.request import MOST_PROPOSED, Proposing
+from esolm_megatron.objective.noise import uniforms
 
 OVERHEAD = 32
 """What a pass costs beside the places that it feeds, in places."""
@@ -106,13 +107,11 @@ class VerifiedPasses:
         passes, width = asked.words.shape[0], asked.most
         words, chances = self.random
         words[row, :passes, :width] = sent(asked.words[:, :width], device)
-        uniform = ((asked.words[:, width:] >> 11) & (2**53 - 1)).astype(np.float64) * 2.0**-53
-        chances[row, :passes, :width] = torch.from_numpy(uniform).to(device)
+        chances[row, :passes, :width] = torch.from_numpy(uniforms(asked.words[:, width:].view(np.uint64))).to(device)
         self.asked[row], self.begun[row] = asked, self.passes
         self.filtered = self.filtered | {row} if filtered else self.filtered - {row}
         if num_given < length:
             self.rows, self.fresh = np.append(self.rows, row), [*self.fresh, row]
-            self._at_work()
 
     def remove(self, row: int) -> None:
         """Take a row out."""
@@ -128,8 +127,10 @@ class VerifiedPasses:
 
         exact: ask the device how many proposals there are, to feed no more places than that takes.
         """
-        self.decoder.prefill(np.array(self.fresh, np.int64))
-        self.fresh = []
+        if self.fresh:
+            self.decoder.prefill(np.array(self.fresh, np.int64))
+            self._at_work()
+            self.fresh = []
         rows, size, horizon = self.rows, self._most_fed(), None
         if exact:
             known, count = (x[self.stored[: len(rows)]] for x in (self.known, self.count))

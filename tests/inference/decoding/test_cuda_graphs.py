@@ -24,7 +24,7 @@ from esolm_megatron.inference.decoding.scheduler import plan_rows
 from esolm_megatron.inference.sampler import Sampler
 from esolm_megatron.model import attention_triton, sampling_triton
 from esolm_megatron.model import cache as cache_module
-from esolm_megatron.model.cache import KVCache
+from esolm_megatron.model.cache import KVCache, Queries
 
 
 def logits_of(model, plans, length, fixed_shapes, later=()):
@@ -275,6 +275,16 @@ def test_a_large_batch_has_few_sizes():
     sizes = {Size.around(512, a + b, b, 512) for a, b in zip([0, *ks], ks, strict=False)}
     assert len(ks) > 100
     assert len(sizes) <= 20
+
+
+def test_what_rows_see_without_a_kernel_is_asked_of_no_device():
+    """No kernel takes fp64, whose keys a GPU reads densely: on a device of which no number can be asked."""
+    like = torch.empty(0, dtype=torch.float64, device="meta")
+    stored, slots = (torch.empty(*shape, dtype=torch.int64, device="meta") for shape in ((3,), (3, 4)))
+    seen = Queries.fixed(stored, slots, 9, like, (slots, slots))
+    assert seen.stored is stored
+    assert seen.bias.shape == (3, 1, 4, 9)
+    assert seen.bias.is_meta
 
 
 @pytest.mark.parametrize("more", [{}, {"cache": "int8"}, {"schedule": "first_hitting", "propose": 4}])

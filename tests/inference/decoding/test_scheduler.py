@@ -179,6 +179,8 @@ def test_rows_that_propose_little_have_room_beside_those_that_propose_much(monke
                 sampler.step()
             for i, row in zip(together, rows, strict=True):
                 results.setdefault(i, []).append(sampler.result(row))
+    with pytest.raises(ValueError, match="propose = 8: this sampler was made with most = 2; make it with more"):
+        Sampler(model, 4, 12, most=2).add(plans[3])
     for i in (0, 1, 2):
         (tokens, log_probs), (alone, theirs) = results[i]
         assert torch.equal(tokens, alone)
