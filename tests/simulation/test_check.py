@@ -123,7 +123,7 @@ SPLITS = {
     ),
     "its last stage": (["pipeline_size=2", "tensor_size=2", "recompute=none"], 8, 6),
     "everything again": (["tensor_size=2", "recompute=full"], 16, 0),
-    "ZeRO 2": (["zero_stage=2", "tensor_size=1", "sequence_parallel=false", "recompute=none"], 16, 0),
+    "ZeRO 2": (["zero_stage=2", "tensor_size=1", "sequence_parallel=false", "recompute=selective"], 16, 0),
     "ZeRO 3": (["zero_stage=3", "tensor_size=2", "recompute=none"], 16, 0),
 }
 

@@ -240,6 +240,8 @@ def test_passes_of_proposals_have_few_sizes():
                 sampler.step()
         ready = sampler.decoder.recorder._ready
         assert len(ready) <= sizes, ready.keys()
+        if "passes" in options:  # in turn: proposals, and one mask after each; or masks after the last token
+            assert {min(key[0][1:]) for key in ready} == {1}, ready.keys()
         assert ready.total() > 10
 
 

@@ -263,7 +263,8 @@ def test_watching_sees_each_place_once_as_it_is_filled():
 def test_top_k_and_both_together():
     logits = torch.randn(500, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2
     logits[3] = logits[7] = logits.sort().values[-4]  # ties at the fourth place belong to it
-    for draw, size in ((Draw(top_k=4), 6), (Draw(top_k=4, top_p=0.9, temperature=2.0), None), (Draw(0.0, top_k=2), 1)):
+    both = [(Draw(top_k=4, top_p=share, temperature=2.0), None) for share in (0.9, 0.4)]
+    for draw, size in ((Draw(top_k=4), 6), *both, (Draw(0.0, top_k=2), 1)):
         p = (logits / (draw.temperature or 1)).softmax(0)
         p[p < p.sort().values[-draw.top_k]] = 0
         p = p / p.sum()
